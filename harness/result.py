@@ -1,0 +1,61 @@
+"""The record of one cell: declared and observed verdict, the reason in a sentence, and the evidence. Ledger -> report."""
+
+from harness.cell import Cell
+from harness.frozen import Frozen
+from harness.verdict import Effect, Verdict, effect_of
+
+
+class Statistic(Frozen):
+    """One number of the oracle with its bound: `value` beyond `bound` means a difference (see `sense`)."""
+
+    name: str
+    value: float
+    bound: float | None
+    n: int
+    unit: str
+    note: str = ""
+
+
+class Difference(Frozen):
+    """One step at which cell and baseline disagree most: for the reader, side by side."""
+
+    prompt: str
+    step: int
+    position: int  # of the predicted token in the whole sequence
+    baseline: tuple[tuple[int, float], ...]  # top-k, (token id, logprob), best first
+    candidate: tuple[tuple[int, float], ...]
+
+
+class Phase(Frozen):
+    """Wall-clock seconds of one phase of an attempt (model, start, workload, judge, stop); shown, never asserted."""
+
+    name: str
+    seconds: float
+
+
+class CellResult(Frozen):
+    """One finished cell. `suites` are all the suites that asked for it; `proof` is what the workers wrote."""
+
+    cell: Cell
+    suites: tuple[str, ...]
+    declared: Verdict
+    declared_why: str
+    verdict: Verdict
+    reason: str
+    baseline_id: str | None = None
+    statistics: tuple[Statistic, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    proof: tuple[dict, ...] = ()  # helix_runtime.proof.RankProof, one a rank
+    versions: tuple[tuple[str, str], ...] = ()
+    hardware_name: str = ""
+    command: str = ""
+    log_tail: str = ""
+    kv_cache_tokens: int | None = None
+    phases: tuple[Phase, ...] = ()
+    transcript_digest: str | None = None
+    attempts: int = 1
+    started: str = ""  # ISO 8601, UTC
+
+    @property
+    def effect(self) -> Effect:
+        return effect_of(self.declared, self.verdict)

@@ -1,0 +1,1 @@
+"""Helix parallelism: layouts, partial attention, combine, and the plugin for stock vLLM."""
