@@ -1,0 +1,8 @@
+"""Small models made on the spot, for hosts that reach no model hub: `recipe:NAME` in a cell.
+
+A recipe is a frozen value and a builder; `ensure` makes its folder once (config, weights, tokenizer) and returns it.
+"""
+
+from harness.models.recipe import RECIPES, Recipe, ensure, shape
+
+__all__ = ["RECIPES", "Recipe", "ensure", "shape"]

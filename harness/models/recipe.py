@@ -1,0 +1,167 @@
+"""The registry of recipes and the cache of models made from them."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.frozen import Frozen, content_hash
+from harness.models.tokenizer import write_tokenizer
+from harness.models.weights import GENERATOR, Arrays, make_weights
+
+if TYPE_CHECKING:
+    from helix_runtime.shapes import ModelShape
+
+PREFIX = "recipe:"
+
+
+class Recipe(Frozen):
+    """A dense decoder made from a seed. Widths are in elements.
+
+    `spread` is the standard deviation of the attention scores, so attention is peaky but never one-hot; `attention` and
+    `mlp` are the sizes of their contributions relative to `embedding`, so that the context outweighs the last token;
+    `contrast` is the standard deviation of the logits, which sets the gap between the best two tokens.
+    """
+
+    name: str
+    architecture: str = "LlamaForCausalLM"
+    model_type: str = "llama"
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 32
+    hidden: int = 256
+    intermediate: int = 512
+    layers: int = 3
+    vocab: int = 512
+    positions: int = 32768
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    seed: int = 20250707
+    spread: float = 2.0
+    embedding: float = 1.0
+    attention: float = 2.0
+    mlp: float = 0.5
+    contrast: float = 8.0
+
+    @property
+    def key(self) -> str:
+        return content_hash({"generator": GENERATOR, **self.model_dump(mode="json")})
+
+    def config(self) -> dict:
+        """The model's `config.json` as Hugging Face and vLLM read it."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": self.positions,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "dtype": "float32",
+        }
+
+    def weights(self) -> Arrays:
+        return make_weights(self)
+
+
+#: Every recipe by name. `@recipe` adds one.
+RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(build: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    """Register the recipe that `build` returns."""
+    made = build()
+    if made.name in RECIPES:
+        raise ValueError(f"recipe {made.name!r} is registered twice")
+    RECIPES[made.name] = made
+    return build
+
+
+def find(name: str) -> Recipe:
+    """The recipe called `name`, with or without the `recipe:` prefix; a KeyError that lists the choices otherwise."""
+    bare = name.removeprefix(PREFIX)
+    if bare not in RECIPES:
+        raise KeyError(f"no recipe {bare!r}; there are: {', '.join(sorted(RECIPES))}")
+    return RECIPES[bare]
+
+
+def shape(name: str) -> "ModelShape":
+    """The shape of a recipe's model, as the layout rules want it."""
+    from helix_runtime.shapes import ModelShape
+
+    made = find(name)
+    return ModelShape.from_config(made.config(), name=PREFIX + made.name)
+
+
+def cache_root() -> Path:
+    """`$HELIX_CACHE` or `~/.cache/helix`, with `/models` below it."""
+    return Path(os.environ.get("HELIX_CACHE") or Path.home() / ".cache" / "helix") / "models"
+
+
+def ensure(name: str) -> Path:
+    """The folder of a recipe's model, made now if it is not there yet.
+
+    Safe for concurrent makers: each builds a private folder and renames it; the first wins, the others use its.
+    """
+    made = find(name)
+    target = cache_root() / f"{made.name}-{made.key}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{made.name}-", dir=target.parent))
+    try:
+        _write(made, scratch)
+        scratch.chmod(0o755)
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write(made: Recipe, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    (folder / "config.json").write_text(json.dumps(made.config(), indent=2))
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    save_file(made.weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(folder, made.vocab, made.positions)
+
+
+@recipe
+def _llama_k1() -> Recipe:
+    return Recipe(name="llama-k1", kv_heads=1)
+
+
+@recipe
+def _llama_k2() -> Recipe:
+    return Recipe(name="llama-k2", kv_heads=2)
+
+
+@recipe
+def _llama_k4() -> Recipe:
+    return Recipe(name="llama-k4", kv_heads=4)
+
+
+@recipe
+def _qwen3_k4() -> Recipe:
+    return Recipe(name="qwen3-k4", architecture="Qwen3ForCausalLM", model_type="qwen3", kv_heads=4, qk_norm=True)

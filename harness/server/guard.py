@@ -1,0 +1,176 @@
+"""The guard: the small parent of one server, which sees to it that nothing outlives the server.
+
+`python -m harness.server.guard --grace 10 -- COMMAND …`. It runs the command in its own session, becomes the parent of
+every orphan below it, and ends the whole tree when the command ends, when `stop` or `kill` comes on its standard input,
+or when that pipe closes, which is what happens when the harness dies, even by `kill -9`. Then it removes the shared
+memory and the temporary files that the tree left, and exits with the command's status.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+SHM = "/dev/shm/"
+#: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
+ORPHAN = re.compile(r"^(vllm_dist_.*cpushm|psm_|sem\.mp-|nccl-|torch_)")
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Tree:
+    """The processes below this one, and the shared memory they were seen to use."""
+
+    def __init__(self) -> None:
+        self.me = psutil.Process()
+        self.born = time.time()
+        self.shared: set[str] = set()
+
+    def processes(self) -> list[psutil.Process]:
+        return [process for process in self.me.children(recursive=True) if process.is_running()]
+
+    def look(self) -> None:
+        """Note which files in /dev/shm the tree maps or holds open now."""
+        for process in self.processes():
+            self.shared |= shared_memory(process.pid)
+
+    def kill(self, patience: float = 5.0) -> None:
+        """SIGKILL everything, again and again until nothing is left."""
+        until = time.monotonic() + patience
+        while (left := self.processes()) and time.monotonic() < until:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            reap()
+            time.sleep(0.02)
+
+    def sweep(self) -> None:
+        """Remove the tree's shared memory, and orphans of the known names that are younger than the tree.
+
+        A file that any living process still maps belongs to someone else and stays.
+        """
+        living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
+        for path in Path(SHM).iterdir():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= self.born - 1
+                if (str(path) in self.shared or orphan) and str(path) not in living:
+                    path.unlink()
+
+
+def shared_memory(pid: int) -> set[str]:
+    """Paths in /dev/shm that process `pid` maps or holds open; none when it is gone or another user's."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if SHM in line:
+                found.add(line[line.index(SHM) :].removesuffix(" (deleted)"))
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if (target := os.readlink(entry.path)).startswith(SHM):
+                    found.add(target.removesuffix(" (deleted)"))
+    return found
+
+
+def reap() -> None:
+    """Collect adopted children that have ended; the command itself is collected by its Popen."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if process.status() == psutil.STATUS_ZOMBIE and process.pid != _command_pid:
+                os.waitpid(process.pid, os.WNOHANG)
+
+
+_command_pid = 0
+
+
+def guard(command: list[str], grace: float) -> int:
+    """Run `command` to its end or until told to stop; its exit status, 128 + n after signal n."""
+    global _command_pid
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    tree = Tree()
+    scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
+    told = _Told()
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": scratch},
+            preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        )
+        _command_pid = process.pid
+        looked = 0.0
+        while process.poll() is None and not told.stop(0.1):
+            reap()
+            if time.monotonic() - looked > 1.0:
+                tree.look()
+                looked = time.monotonic()
+        tree.look()
+        if process.poll() is None:
+            process.terminate()
+            until = time.monotonic() + grace
+            while process.poll() is None and time.monotonic() < until and not told.kill(0.05):
+                reap()
+        tree.kill()
+        status = process.wait()
+        return 128 - status if status < 0 else status
+    except OSError as error:
+        print(f"guard: cannot start {command[0]}: {error}", file=sys.stderr)
+        return 127
+    finally:
+        tree.kill()
+        tree.sweep()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Told:
+    """What the harness says on standard input, and SIGTERM. `stop` and `kill` wait up to `seconds` for a word."""
+
+    def __init__(self) -> None:
+        self.words = b""
+        self.closed = False
+        signal.signal(signal.SIGTERM, self._signalled)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _signalled(self, _signal: int, _frame: object) -> None:
+        self.words += b"stop\n"
+
+    def stop(self, seconds: float) -> bool:
+        self._listen(seconds)
+        return self.closed or bool(self.words)
+
+    def kill(self, seconds: float) -> bool:
+        self._listen(seconds)
+        return b"kill" in self.words
+
+    def _listen(self, seconds: float) -> None:
+        if self.closed:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            heard = os.read(0, 64)
+            self.words += heard
+            self.closed = not heard
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run a command so that nothing of it outlives it.")
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    return guard(command, options.grace)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

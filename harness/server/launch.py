@@ -1,0 +1,85 @@
+"""What is started for a cell: its command with what the harness adds, and a clean environment."""
+
+import json
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+from harness.cell import Cell, Mode
+from harness.frozen import Frozen
+from harness.models import ensure
+from harness.models.recipe import PREFIX
+
+FORCED_DECODE = "helix_runtime.vllm_plugin.forced_decode:ForcedDecode"
+#: Environment variables that look like secrets do not reach a server.
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|^KEY", re.IGNORECASE)
+_HUB_TOKEN = "HF_TOKEN"
+
+
+class Launch(Frozen):
+    """One server to start. `name` is a nonce that /v1/models must show, `api_key` is this server's alone."""
+
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    name: str
+    api_key: str
+    port: int
+    model: str
+    proof_dir: Path | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
+    """The launch of `cell`; a recipe's model is made now if it is missing. `folder` is the cell's own, absolute."""
+    recipe = cell.model.startswith(PREFIX)
+    model = str(ensure(cell.model)) if recipe else cell.model
+    name, api_key = f"helix-{secrets.token_hex(8)}", secrets.token_hex(16)
+    proof_dir = None if cell.baseline else folder / "proof"
+    argv, given = _take_additional_config(cell.command(model))
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    if not cell.baseline:
+        argv += ["--logits-processors", FORCED_DECODE]
+        if cell.mode.helix or (cell.mode is Mode.STANDARD_DCP and cell.hardware == "cpu"):
+            helix = {**dict(cell.helix), "proof_dir": str(proof_dir)}
+            given["helix"] = {**given.get("helix", {}), **helix, **({"fault": cell.fault} if cell.fault else {})}
+    if given:
+        argv += ["--additional-config", json.dumps(given)]
+    env = environment(cell, api_key, offline=recipe)
+    return Launch(
+        argv=tuple(argv),
+        env=tuple(sorted(env.items())),
+        name=name,
+        api_key=api_key,
+        port=port,
+        model=model,
+        proof_dir=proof_dir,
+    )
+
+
+def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
+    """This process's environment without secrets, with the `helix` of this interpreter first on PATH."""
+    env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    if not offline and _HUB_TOKEN in os.environ:
+        env[_HUB_TOKEN] = os.environ[_HUB_TOKEN]
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
+    env |= {"VLLM_API_KEY": api_key, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    if offline:
+        env["HF_HUB_OFFLINE"] = "1"
+    if cell.hardware == "cpu":
+        env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    if cell.baseline:
+        env["VLLM_PLUGINS"] = ""  # not even loaded: a baseline is stock
+    return env | dict(cell.env)
+
+
+def _take_additional_config(argv: list[str]) -> tuple[list[str], dict]:
+    """`argv` without its `--additional-config`, and what that held, so that ours can be merged into it."""
+    if "--additional-config" not in argv:
+        return argv, {}
+    at = argv.index("--additional-config")
+    return [*argv[:at], *argv[at + 2 :]], json.loads(argv[at + 1])

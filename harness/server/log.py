@@ -1,0 +1,77 @@
+"""What a server's log tells: why it died, in one typed reason; its KV cache size; its tail."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+
+from harness.frozen import Frozen
+
+TAIL_LINES = 40
+
+
+class Cause(StrEnum):
+    """Why a server did not start or did not go on."""
+
+    REFUSED = "refused"  # by a rule of ours, which is a statement about the cell
+    OUT_OF_MEMORY = "out of memory"
+    PORT_IN_USE = "port in use"
+    MISSING_MODEL = "missing model"
+    TIMEOUT = "deadline passed"
+    INTERRUPTED = "interrupted"
+    OTHER = "other"
+
+
+class Failure(Frozen):
+    """`reason` is one sentence for the reader; for a refusal it is the rule's own text."""
+
+    cause: Cause
+    reason: str
+    log_tail: str = ""
+
+
+#: The API process prints our refusals as an exception's last line.
+_REFUSAL = re.compile(r"(?:^|[\s.])(?:HelixRefusal|LayoutError)[^:\n]*: (.*)$", re.MULTILINE)
+_CAUSES = (
+    (Cause.OUT_OF_MEMORY, re.compile(r"OutOfMemoryError|out of memory|Cannot allocate memory|bad_alloc|MemoryError")),
+    (Cause.PORT_IN_USE, re.compile(r"[Aa]ddress already in use|EADDRINUSE")),
+    (
+        Cause.MISSING_MODEL,
+        re.compile(
+            r"RepositoryNotFound|LocalEntryNotFound|not a valid model identifier|[Cc]an't load|No such file.*model"
+        ),
+    ),
+)
+_ERROR_LINE = re.compile(
+    r"^(?:\([^)]*\)\s*)?(?:\S+ [\d-]+ [\d:]+ \[[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$"
+)
+_KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def read_log(path: Path) -> str:
+    """The log without colours; empty when there is none."""
+    return _COLOUR.sub("", path.read_text(errors="replace")) if path.exists() else ""
+
+
+def tail(text: str, lines: int = TAIL_LINES) -> str:
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def explain(text: str, status: int | None) -> Failure:
+    """The typed reason in a dead server's log. A refusal wins, then the known causes, then the last error line."""
+    if refusals := _REFUSAL.findall(text):
+        return Failure(cause=Cause.REFUSED, reason=refusals[-1].strip(), log_tail=tail(text))
+    errors = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
+    for cause, pattern in _CAUSES:
+        if found := [line.strip() for line in text.splitlines() if pattern.search(line)]:
+            return Failure(cause=cause, reason=found[-1], log_tail=tail(text))
+    if status == 137:
+        return Failure(cause=Cause.OUT_OF_MEMORY, reason="killed by SIGKILL (137)", log_tail=tail(text))
+    said = errors[-1] if errors else next((line for line in reversed(text.splitlines()) if line.strip()), "empty log")
+    return Failure(cause=Cause.OTHER, reason=f"exit status {status}: {said}", log_tail=tail(text))
+
+
+def kv_cache_tokens(text: str) -> int | None:
+    """Global tokens that the KV cache holds, as vLLM logs it; None when it does not say."""
+    found = _KV_TOKENS.findall(text)
+    return int(found[-1].replace(",", "")) if found else None

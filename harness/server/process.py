@@ -1,0 +1,182 @@
+"""A server as local processes: start, health, teardown."""
+
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+
+from harness.cell import Cell
+from harness.frozen import Frozen
+from harness.server.launch import Launch, make_launch
+from harness.server.log import Cause, Failure, explain, kv_cache_tokens, read_log, tail
+
+
+class Limits(Frozen):
+    """Deadlines in seconds: until ready, for one request, from asking to stop until the kill."""
+
+    start: float = 300.0
+    request: float = 180.0
+    stop: float = 15.0
+
+
+class ServerFailed(Exception):
+    """A server did not start, or died. `failure` says why."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(f"{failure.cause}: {failure.reason}")
+        self.failure = failure
+
+
+class Server:
+    """One running server, or a context manager for it. After `stop`, nothing of it is left on the host.
+
+    `cancel` is looked at while waiting: when set, the server is stopped and ServerFailed(INTERRUPTED) raised.
+    """
+
+    def __init__(self, launch: Launch, log: Path, limits: Limits | None = None, cancel: threading.Event | None = None):
+        self.launch = launch
+        self.log = log
+        self.limits = limits or Limits()
+        self.cancel = cancel or threading.Event()
+        self._guard: subprocess.Popen | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return self.launch.url
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.launch.api_key}"}
+
+    def start(self) -> "Server":
+        """Start and wait until our own model answers with one token. Raises ServerFailed, and then nothing is left."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-m", "harness.server.guard", "--grace", str(self.limits.stop), "--"]
+        with self.log.open("wb") as log:
+            self._guard = subprocess.Popen(
+                [*guard, *self.launch.argv],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(self.launch.env),
+                start_new_session=True,
+            )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def failure(self) -> Failure | None:
+        """Why the server is dead; None while it lives."""
+        if self._guard is None or (status := self._guard.poll()) is None:
+            return None
+        return explain(read_log(self.log), status)
+
+    def check(self) -> None:
+        """Raises ServerFailed when the server is dead or the run was cancelled."""
+        if self.cancel.is_set():
+            raise ServerFailed(Failure(cause=Cause.INTERRUPTED, reason="the run was interrupted"))
+        if failure := self.failure():
+            raise ServerFailed(failure)
+
+    def kv_cache_tokens(self) -> int | None:
+        return kv_cache_tokens(read_log(self.log))
+
+    def stop(self, now: bool = False) -> None:
+        """End the server and all below it: SIGTERM, then SIGKILL after `limits.stop`, at once with `now`."""
+        guard = self._guard
+        if guard is None or guard.stdin is None:
+            return
+        with self._lock:
+            if not guard.stdin.closed:
+                try:
+                    guard.stdin.write(b"kill\n" if now else b"stop\n")
+                    guard.stdin.flush()
+                    if now:
+                        guard.stdin.close()
+                except (BrokenPipeError, ValueError):
+                    pass
+        try:
+            guard.wait(self.limits.stop + 15)
+        except subprocess.TimeoutExpired:
+            guard.kill()
+            guard.wait()
+        with self._lock:
+            if not guard.stdin.closed:
+                try:
+                    guard.stdin.close()
+                except BrokenPipeError:
+                    pass
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop(now=isinstance(error, KeyboardInterrupt))
+
+    def _wait_ready(self) -> None:
+        until = time.monotonic() + self.limits.start
+        with httpx.Client(base_url=self.url, headers=self.headers, timeout=5.0) as client:
+            while not self._is_ours(client):
+                self.check()
+                if time.monotonic() > until:
+                    text = tail(read_log(self.log))
+                    reason = f"not ready after {self.limits.start:.0f} s"
+                    raise ServerFailed(Failure(cause=Cause.TIMEOUT, reason=reason, log_tail=text))
+                self.cancel.wait(0.2)
+            self._first_token(client)
+
+    def _is_ours(self, client: httpx.Client) -> bool:
+        """Whether /v1/models shows our nonce; a stranger on our port raises."""
+        try:
+            reply = client.get("/v1/models")
+        except httpx.TransportError:
+            return False
+        if reply.status_code == 503:
+            return False
+        try:
+            names = [model["id"] for model in reply.json()["data"]] if reply.is_success else []
+        except (ValueError, KeyError, TypeError):
+            names = []
+        if self.launch.name not in names:
+            reason = f"another server answers on port {self.launch.port} (HTTP {reply.status_code}, models {names})"
+            raise ServerFailed(Failure(cause=Cause.PORT_IN_USE, reason=reason, log_tail=tail(read_log(self.log))))
+        return True
+
+    def _first_token(self, client: httpx.Client) -> None:
+        """One token must come, and a request without our key must be turned away."""
+        body = {"model": self.launch.name, "prompt": [5], "max_tokens": 1, "temperature": 0}
+        wrong = {"Authorization": f"Bearer {secrets.token_hex(4)}"}
+        try:
+            turned_away = client.post("/v1/completions", json=body, headers=wrong).status_code
+            reply = client.post("/v1/completions", json=body, timeout=self.limits.request)
+        except httpx.TransportError as error:
+            self._settle()
+            reason = f"no first token: {type(error).__name__}: {error}"
+            raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log)))) from error
+        if not reply.is_success or turned_away != 401:
+            reason = f"no first token: HTTP {reply.status_code} {reply.text[:300]}; without the key HTTP {turned_away}"
+            raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log))))
+
+    def _settle(self, seconds: float = 3.0) -> None:
+        """Give a dying server a moment to die, so that its log, not the broken connection, gives the cause."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(0.05)
+
+
+def start(
+    cell: Cell, folder: Path, port: int, limits: Limits | None = None, cancel: threading.Event | None = None
+) -> Server:
+    """Start `cell`'s server with its log and proofs in `folder`; ServerFailed when it does not come up."""
+    folder = folder.absolute()
+    return Server(make_launch(cell, folder, port), folder / "server.log", limits, cancel).start()
