@@ -1,0 +1,47 @@
+"""Combine by AllGather + ReduceScatter: gather the LSEs, scale the own partial, sum over ranks and deal out heads."""
+
+import torch
+import torch.distributed as dist
+
+from helix_runtime.combine.all_to_all import heads_per_member
+from helix_runtime.combine.collectives import DIST, Collectives
+from helix_runtime.combine.merge import LseBase, accumulate_dtype, merge_lses, natural, scale_partial
+
+
+def all_gather_reduce_scatter_combine(
+    partial_output: torch.Tensor,
+    partial_lse: torch.Tensor,
+    group: dist.ProcessGroup,
+    *,
+    lse_base: LseBase = "e",
+    return_lse: bool = False,
+    collectives: Collectives = DIST,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Merge the group's partials and shard the result by heads: the standard way, in two collectives.
+
+    Arguments, results and errors as `all_to_all_combine`. Shares are scaled and summed in fp32 (fp64 for fp64 outputs)
+    and rounded once at the end; the order of the sum is the transport's, so the last bits may differ from those of
+    `all_to_all_combine`.
+    """
+    members, rank = dist.get_world_size(group), dist.get_rank(group)
+    heads = heads_per_member(partial_output, partial_lse, members)
+    tokens, _, head_dim = partial_output.shape
+    lse = natural(partial_lse, lse_base).to(accumulate_dtype(partial_output.dtype)).contiguous()
+    exchange = members > 1 and partial_output.numel() > 0
+
+    lses = lse.new_empty(members, *lse.shape)
+    if exchange:
+        collectives.all_gather(lses, lse, group=group)
+    else:
+        lses[:] = lse
+    # The own row is read back from what was gathered, so that weight and sum come from the same numbers.
+    merged_lse = merge_lses(lses)
+    share = scale_partial(partial_output, lses[rank], merged_lse)
+    output = share.new_empty(tokens, heads, head_dim)
+    if exchange:
+        by_member = share.unflatten(1, (members, heads)).transpose(0, 1).contiguous()
+        collectives.reduce_scatter(output, by_member, group=group)
+    else:
+        output = share[:, :heads]
+    output = output.to(partial_output.dtype)
+    return (output, merged_lse[:, rank * heads : (rank + 1) * heads]) if return_lse else output

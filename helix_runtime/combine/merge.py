@@ -1,0 +1,83 @@
+"""The exact merge of partial attentions: attention over a set of keys is a weighted mean of that over its parts.
+
+With outputs o_n and log-sum-exps l_n of disjoint shards: l = log(sum_n exp(l_n)), o = sum_n exp(l_n - l) * o_n.
+
+What is defined, for each (token, head):
+- a partial with lse -inf is empty: it has weight 0, and its output is not read (NaN or stale memory cannot leak);
+- all partials empty: output 0, lse -inf;
+- lse NaN or +inf: no attention has that, so something is broken, and output and lse are NaN rather than plausible.
+  Kernels that write +inf for an empty shard are to be corrected at their own door.
+"""
+
+import math
+from typing import Literal
+
+import torch
+
+LseBase = Literal["e", "2"]
+
+
+def merge_partials(outputs: torch.Tensor, lses: torch.Tensor, base: LseBase = "e") -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge N partials of the same queries over disjoint keys.
+
+    outputs: [N, B, H, D], floating point; lses: [N, B, H], fp32 or fp64, logarithms of the given base. Returns (output
+    [B, H, D] in the dtype of outputs, lse [B, H]): the lse is always a natural logarithm, whatever `base` is.
+    Accumulates in fp32 (outputs fp64: in fp64), and the lse has that dtype. The partials are added in the order of
+    their index, so equal inputs give equal bits. One partial alone comes back unchanged.
+
+    Raises ValueError for shapes, lse dtypes or bases that do not fit. Source: Helix paper (arXiv 2507.07120), section
+    2.1.1, and the flash-decoding rescale that it cites.
+    """
+    if outputs.shape[:-1] != lses.shape or outputs.ndim != 4 or not len(lses):
+        raise ValueError(f"outputs {tuple(outputs.shape)} and lses {tuple(lses.shape)} are not [N, B, H, D], [N, B, H]")
+    accumulate = accumulate_dtype(outputs.dtype)
+    lses = natural(lses, base).to(accumulate)
+    top = _finite_top(lses)
+    weights = (lses - top).exp()
+    total = weights[0].clone()
+    output = _weighted(outputs[0], lses[0], weights[0])
+    for n in range(1, len(lses)):
+        total += weights[n]
+        output += _weighted(outputs[n], lses[n], weights[n])
+    output /= total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+    return output.to(outputs.dtype), top + total.log()
+
+
+def merge_lses(lses: torch.Tensor) -> torch.Tensor:
+    """Natural-log lse [B, H] of partials' natural-log lses [N, B, H]: -inf where all are, NaN where any is not one."""
+    top = _finite_top(lses)
+    return top + (lses - top).exp().sum(0).log()
+
+
+def scale_partial(output: torch.Tensor, lse: torch.Tensor, merged_lse: torch.Tensor) -> torch.Tensor:
+    """One partial's share of the merged output, exp(lse - merged_lse) * output, unreduced, in the dtype of lse.
+
+    output: [B, H, D]; lse, merged_lse: [B, H], natural. The shares of all partials sum to the merged output.
+    """
+    weight = (lse - merged_lse.masked_fill(merged_lse == float("-inf"), 0.0)).exp()
+    return _weighted(output, lse, weight)
+
+
+def natural(lses: torch.Tensor, base: LseBase) -> torch.Tensor:
+    """`lses` as natural logarithms. Raises ValueError for another base than "e" or "2", or an lse below fp32."""
+    if base not in ("e", "2"):
+        raise ValueError(f'lse base {base!r} is neither "e" nor "2"')
+    if lses.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse is {lses.dtype}; it must be fp32 or fp64, as rounding it rescales whole rows")
+    return lses * math.log(2.0) if base == "2" else lses
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _finite_top(lses: torch.Tensor) -> torch.Tensor:
+    """Maximum over the partials, with 0 for -inf: -inf - -inf would be NaN."""
+    top = lses.amax(0)
+    return top.masked_fill(top == float("-inf"), 0.0)
+
+
+def _weighted(output: torch.Tensor, lse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight * output, where an empty partial's output is replaced, not multiplied: 0 * NaN is NaN."""
+    return output.to(weight.dtype).masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0) * weight.unsqueeze(-1)
