@@ -1,0 +1,119 @@
+"""The declared verdict of a cell: what the suite says, else what the layout rules and the capability table say."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from harness.cell import Cell
+from harness.verdict import Verdict
+
+
+class Declaration(NamedTuple):
+    """`why` is the rule or the row it comes from; `refusal` is text that the documented refusal contains."""
+
+    verdict: Verdict
+    why: str
+    refusal: str | None = None
+
+
+class Rules(NamedTuple):
+    """The inputs on which layout rules and capability table depend; cells that share them are judged once."""
+
+    mode: str
+    backend: str
+    hardware: str
+    model: str
+    tp: int
+    kvp: int
+    interleave: int
+    block_size: int | None
+    allow_gqa_tpa1: bool
+    vllm_version: str
+
+
+def declare(cell: Cell, refusal: str | None = None) -> Declaration:
+    """The verdict declared for `cell`. `expect` in the suite wins over the rules."""
+    if cell.expect is not None:
+        return Declaration(cell.expect, cell.why or "as the suite says", refusal)
+    options = dict(cell.serve)
+    block_size = options.get("block-size")
+    found = judge(
+        Rules(
+            mode=cell.mode,
+            backend=cell.backend,
+            hardware=cell.hardware,
+            model=cell.model,
+            tp=cell.tp,
+            kvp=cell.kvp,
+            interleave=cell.interleave,
+            block_size=int(block_size) if block_size is not None else None,
+            allow_gqa_tpa1=dict(cell.helix).get("allow_gqa_tpa1") is True,
+            vllm_version=cell.vllm_version,
+        )
+    )
+    return found._replace(refusal=refusal) if refusal else found
+
+
+@lru_cache(maxsize=None)
+def judge(rules: Rules) -> Declaration:
+    """Layout first (an illegal one is refused wherever it runs), then the table. A refusal is quoted by its rule."""
+    from helix_runtime.layout import LayoutError
+
+    note = ""
+    try:
+        mla = _check_layout(rules)
+    except LayoutError as error:
+        return Declaration(Verdict.REJECTED, str(error), error.rule)
+    except LookupError as error:
+        mla, note = None, f"; layout not checked: {error.args[0] if error.args else error}"
+    declaration = _from_table(rules, mla)
+    return declaration._replace(why=declaration.why + note)
+
+
+def shape_of(model: str):
+    """The ModelShape of a recipe or of a committed `config.json`. Raises LookupError for a model that has neither."""
+    if model.startswith("recipe:"):
+        from harness.models import shape
+
+        return shape(model)
+    from helix_runtime.shapes import load_shape
+
+    return load_shape(model)
+
+
+def _check_layout(rules: Rules) -> bool:
+    """Raises LayoutError, or LookupError for an unknown model; returns whether the model is MLA."""
+    from helix_runtime.layout import resolve_layout
+
+    shape = shape_of(rules.model)
+    if rules.mode != "standard-tp":
+        resolve_layout(
+            tensor_parallel_size=rules.tp,
+            decode_context_parallel_size=rules.kvp,
+            num_query_heads=shape.num_query_heads,
+            num_kv_heads=shape.num_kv_heads,
+            use_mla=shape.use_mla,
+            helix_mode=rules.mode.startswith("helix"),
+            interleave_size=rules.interleave,
+            block_size=rules.block_size,
+            allow_gqa_tpa1=rules.allow_gqa_tpa1,
+        )
+    return shape.use_mla
+
+
+def _from_table(rules: Rules, mla: bool | None) -> Declaration:
+    from helix_runtime import capabilities
+    from helix_runtime.capabilities import Support
+
+    backend, prefix = rules.backend, ""
+    if backend == "auto":
+        backend = capabilities.default_backend(rules.hardware, rules.mode, rules.vllm_version, use_mla=mla)
+        if backend is None:
+            return Declaration(Verdict.REJECTED, f"no backend serves {rules.mode} on {rules.hardware}")
+        prefix = f"auto is {backend}: "
+    row = capabilities.declare(backend, rules.hardware, rules.mode, rules.vllm_version)
+    verdict = {
+        Support.SUPPORTED: Verdict.PASS,
+        Support.KNOWN_LIMITATION: Verdict.XFAIL,
+        Support.UNSUPPORTED: Verdict.REJECTED,
+    }[row.support]
+    return Declaration(verdict, f"{prefix}{row.reason} ({row.source})")

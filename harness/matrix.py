@@ -1,0 +1,187 @@
+"""Suites -> the one list of cells that `--list`, `--dry-run`, a run and the report walk.
+
+Cells are unique by their key; each cell that is compared brings its baseline along, which stands before it.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+
+from harness.cell import Cell, Mode, Value
+from harness.declared import Declaration, declare
+from harness.frozen import Frozen
+from harness.hardware import Hardware
+from harness.suite import Group, Option, Suite
+from harness.verdict import Verdict
+from harness.yaml_file import Problem, SuiteError
+
+LIMIT_CELLS = 20_000
+
+#: The stock backend of a CPU baseline; on a GPU the cell's own backend is stock already.
+STOCK_ON_CPU = {"HELIX_CPU": "CPU_ATTN", "HELIX_CPU_MLA": "CPU_MLA"}
+
+
+class PlannedCell(Frozen):
+    """A cell and what is known before it runs.
+
+    `baseline` is the cell whose transcript it is compared with, None for baselines and for declared refusals.
+    `refusal` is text that a declared refusal must contain (None: any refusal by name of this cell's options).
+    `skip` is the reason why this host cannot run it, else None; `declared` says what it would be elsewhere.
+    """
+
+    cell: Cell
+    suites: tuple[str, ...]
+    declared: Verdict
+    declared_why: str
+    baseline: Cell | None = None
+    refusal: str | None = None
+    skip: str | None = None
+
+
+class PlanError(ValueError):
+    """A selection that names no cell."""
+
+
+def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[PlannedCell]:
+    """Every cell of `suites`, baselines included and first. Raises SuiteError where suites contradict each other."""
+    plan: dict[str, PlannedCell] = {}
+    ids: dict[str, str] = {}
+    baselines: dict[Cell, Cell] = {}
+    skips: dict[tuple[str, int], str | None] = {}
+
+    def add(cell: Cell, suite: str, declaration: Declaration, base: Cell | None) -> None:
+        known = plan.get(cell.key)
+        if known is not None:
+            plan[cell.key] = _merge(known, cell, suite, declaration)
+            return
+        if ids.setdefault(cell.id, cell.key) != cell.key:
+            raise _contradiction(
+                suite, f"two cells are both called {cell.id}; give one an option that tells them apart"
+            )
+        if len(plan) >= LIMIT_CELLS:
+            raise _contradiction(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
+        place = (cell.hardware, cell.tp)
+        if place not in skips:
+            skips[place] = skip_reason(cell, hardware)
+        plan[cell.key] = PlannedCell(
+            cell=cell,
+            suites=(suite,),
+            declared=declaration.verdict,
+            declared_why=declaration.why,
+            baseline=base,
+            refusal=declaration.refusal,
+            skip=skips[place],
+        )
+
+    for suite in suites:
+        for group in suite.groups:
+            for cell in cells_of(group, suite):
+                declaration = declare(cell, group.refusal)
+                base = None
+                if not cell.baseline and declaration.verdict is not Verdict.REJECTED:
+                    # One object per baseline: its key and id are then hashed once, not once a dependent.
+                    made = baseline_of(cell)
+                    base = baselines.setdefault(made, made)
+                    add(base, suite.name, declare(base), None)
+                add(cell, suite.name, declaration, base)
+    return list(plan.values())
+
+
+def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
+    """The product of a group's axes, in the order in which the file writes them."""
+    for hardware in group.hardware:
+        serve = {**suite.defaults.get(hardware, {}), **group.serve}
+        axes = (group.backend, group.model, group.layout, group.interleave, group.comm)
+        for backend, model, layout, interleave, comm in product(*axes):
+            for options, helix in product(_crossed(serve, _flag), _crossed(group.helix, _entry)):
+                yield Cell(
+                    mode=group.mode,
+                    backend=backend,
+                    hardware=hardware,
+                    model=model,
+                    tp=layout.tp,
+                    kvp=layout.dcp,
+                    interleave=interleave,
+                    comm=comm,
+                    serve=options,
+                    helix=helix,
+                    workload=group.workload,
+                    expect=group.expect,
+                    why=group.why,
+                )
+
+
+def baseline_of(cell: Cell) -> Cell:
+    """The standard-TP cell with the same TP, model, serve options and workload, on stock attention."""
+    return Cell(
+        mode=Mode.STANDARD_TP,
+        backend=STOCK_ON_CPU.get(cell.backend, cell.backend),
+        hardware=cell.hardware,
+        model=cell.model,
+        tp=cell.tp,
+        serve=cell.serve,
+        env=cell.env,
+        workload=cell.workload,
+        vllm_version=cell.vllm_version,
+    )
+
+
+def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
+    """Why this host cannot run `cell`, or None. CPU ranks may share cores, so TP is bounded by GPUs only."""
+    here = next((device for device in hardware if device.family == cell.hardware), None)
+    if here is None:
+        has = " and ".join(str(device) for device in hardware) or "nothing"
+        return f"no {cell.hardware} here; this host is planned with {has}"
+    if not here.detected:
+        return f"{cell.hardware} is assumed for planning, and is not on this host"
+    if cell.hardware != "cpu" and here.count < cell.tp:
+        return f"needs {cell.tp} {cell.hardware} GPUs; this host has {here.count}"
+    return None
+
+
+def select(plan: Sequence[PlannedCell], globs: Iterable[str]) -> list[PlannedCell]:
+    """The cells whose id matches any glob, and their baselines. Raises PlanError for a glob that matches nothing."""
+    globs = list(globs)
+    if not globs:
+        return list(plan)
+    wanted: set[str] = set()
+    for glob in globs:
+        hits = [item for item in plan if item.cell.id == glob or fnmatchcase(item.cell.id, glob)]
+        if not hits:
+            near = difflib.get_close_matches(glob, [item.cell.id for item in plan], n=3, cutoff=0.3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise PlanError(f"--cell '{glob}' matches none of {len(plan)} cells{hint}")
+        wanted |= {item.cell.key for item in hits} | {item.baseline.key for item in hits if item.baseline}
+    return [item for item in plan if item.cell.key in wanted]
+
+
+def _crossed(
+    options: dict[str, tuple[Option, ...]], render: Callable[[str, Option], tuple[str, Value]]
+) -> list[tuple[tuple[str, Value], ...]]:
+    """{a: (1, 2), b: (x,)} -> (a=1, b=x), (a=2, b=x). `None` leaves an option out."""
+    rows = product(*([(name, value) for value in values] for name, values in options.items()))
+    return [tuple(render(name, value) for name, value in row if value is not None) for row in rows]
+
+
+def _flag(name: str, value: Option) -> tuple[str, Value]:
+    """A serve option; `False` is written as its `--no-` form."""
+    return (f"no-{name}", True) if value is False else (name, value)
+
+
+def _entry(name: str, value: Option) -> tuple[str, Value]:
+    """An entry of the Helix config, which is JSON and needs no other form."""
+    return name, value
+
+
+def _merge(known: PlannedCell, cell: Cell, suite: str, declaration: Declaration) -> PlannedCell:
+    """A cell that is asked for again: its suites add up, and its expectations must agree."""
+    if declaration.verdict is not known.declared:
+        first, second = (f"{known.declared} ({known.suites[0]})", f"{declaration.verdict} ({suite})")
+        raise _contradiction(suite, f"{cell.id} is declared {first} and {second}")
+    suites = known.suites if suite in known.suites else (*known.suites, suite)
+    return known.model_copy(update={"suites": suites, "refusal": known.refusal or declaration.refusal})
+
+
+def _contradiction(suite: str, message: str) -> SuiteError:
+    return SuiteError([Problem(f"suite {suite}", None, "", message)])

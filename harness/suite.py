@@ -1,0 +1,214 @@
+"""A suite file (`suites/*.yaml`): groups of cells as crossed axes. Strict: what is not known here is refused.
+
+Errors name file, line and field, and list the allowed values; `harness.yaml_file` finds the lines.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic import model_validator as validator
+
+from harness.cell import Comm, Mode
+from harness.frozen import Frozen
+from harness.verdict import DECLARABLE, Verdict
+from harness.yaml_file import Document, Problem, SuiteError, read
+
+#: Where this checkout is: suites, schemas and reports are found from here, wherever the command is called.
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "suites"
+SCHEMA_FILE = ROOT / "harness" / "schemas" / "suite-v1.json"
+
+#: Serve options that a cell has a field of its own for, or that the harness sets itself.
+RESERVED = {
+    "tensor-parallel-size": "layout",
+    "decode-context-parallel-size": "layout",
+    "attention-backend": "backend",
+    "cp-kv-cache-interleave-size": "interleave",
+    "dcp-comm-backend": "comm",
+    "helix-mode": "mode",
+    "additional-config": "helix",
+    "model": "model",
+    "host": None,
+    "port": None,
+    "served-model-name": None,
+}
+
+
+class _OneOrMany:
+    """JSON Schema of an axis: one value, or a list of values."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        many = handler(schema)
+        return {"anyOf": [many["items"], many]}
+
+
+def _listed(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) else (value,)
+
+
+def _plain_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _not_reserved(options: dict[str, object]) -> dict[str, object]:
+    for name in options:
+        if name in RESERVED:
+            instead = RESERVED[name]
+            raise ValueError(
+                f"'{name}' cannot be set here; " + (f"use '{instead}'" if instead else "the harness sets it")
+            )
+    return options
+
+
+def _declarable(verdict: Verdict | None) -> Verdict | None:
+    if verdict is not None and verdict not in DECLARABLE:
+        raise ValueError(f"a suite may declare {', '.join(DECLARABLE)}")
+    return verdict
+
+
+T = TypeVar("T")
+#: One value or a list of values; a list is an axis that is crossed with the others.
+Axis = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), _OneOrMany()]
+#: `null` leaves the option out, `true` gives a bare flag, `false` its `--no-` form.
+Option = str | int | float | bool | None
+OptionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Options = Annotated[dict[OptionName, Axis[Option]], AfterValidator(_not_reserved)]
+Family = Literal["cpu", "ampere", "ada", "hopper", "blackwell", "blackwell-rtx"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)]
+Size = Annotated[int, Field(ge=1, le=1024)]
+Sentence = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Strict(Frozen):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class LayoutSpec(Strict):
+    """One parallel layout: TP, and DCP (= KVP; 1 unless told). Illegal ones are welcome: they are refusals to test."""
+
+    tp: Size
+    dcp: Size = 1
+
+
+class Group(Strict):
+    """Cells that share everything but their axes. Every list is an axis; the group is the product of its axes."""
+
+    name: Name
+    mode: Annotated[Mode, Field(strict=False)]
+    backend: Axis[Annotated[str, Field(pattern=r"^(auto|[A-Z][A-Z0-9_]*)$")]]
+    hardware: Axis[Family]
+    model: Axis[Annotated[str, Field(pattern=r"^(recipe:[a-z0-9-]+|[\w.-]+/[\w.-]+)$")]]
+    layout: Axis[LayoutSpec]
+    interleave: Axis[Size] = (1,)
+    comm: Axis[Comm | None] = (None,)
+    serve: Options = {}
+    helix: Options = {}
+    workload: Name = "standard"
+    expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
+    why: Sentence | None = None
+    refusal: Sentence | None = Field(default=None, description="text that the refusal must contain")
+
+    @validator(mode="after")
+    def _consistent(self) -> "Group":
+        if self.expect not in (None, Verdict.PASS) and not self.why:
+            raise ValueError(f"'expect: {self.expect}' needs a 'why'")
+        if self.refusal and self.expect not in (None, Verdict.REJECTED):
+            raise ValueError(f"'refusal' goes with 'expect: rejected', not with '{self.expect}'")
+        if self.helix and not self.mode.helix:
+            raise ValueError(f"'helix' options go with a helix mode, not with '{self.mode}'")
+        return self
+
+
+class Suite(Strict):
+    """One suite file. `defaults` are serve options of every cell on that hardware; a group's own come on top."""
+
+    model_config = ConfigDict(title="Helix suite, version 1")
+
+    schema_version: Literal[1] = Field(alias="schema")
+    name: Name
+    description: Sentence
+    defaults: dict[Family, Options] = {}
+    groups: Annotated[tuple[Group, ...], BeforeValidator(_plain_list), Field(min_length=1)]
+
+    @validator(mode="after")
+    def _unique_names(self) -> "Suite":
+        names = [group.name for group in self.groups]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"group names are used twice: {', '.join(twice)}")
+        return self
+
+
+def load(path: Path) -> Suite:
+    """The suite in `path`. Raises SuiteError with every problem found, each with its line."""
+    document = read(path)
+    try:
+        suite = Suite.model_validate(document.value)
+    except ValidationError as error:
+        problems = [_problem(document, entry) for entry in error.errors()]
+        raise SuiteError(list(dict.fromkeys(problems))) from None  # a union reports once for each of its members
+    if suite.name != path.stem:
+        message = f"is '{suite.name}'; allowed: '{path.stem}', the name of the file"
+        raise SuiteError([document.problem(("name",), message)])
+    return suite
+
+
+def available(folder: Path = FOLDER) -> dict[str, Path]:
+    """Suite files by name."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_all(names: Iterable[str] = (), folder: Path = FOLDER) -> list[Suite]:
+    """The named suites, or all of `folder`. A name may be a path to a `.yaml` file.
+
+    Raises SuiteError for an unknown name, with the names that exist; problems of several files are gathered.
+    """
+    known = available(folder)
+    suites, problems = [], []
+    for name in dict.fromkeys(names) or known:
+        path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+        if path is None:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            problems.append(Problem("--suite", None, "", f"no suite '{name}'{hint}; allowed: {', '.join(known)}"))
+            continue
+        try:
+            suites.append(load(path))
+        except SuiteError as error:
+            problems += error.problems
+    if problems:
+        raise SuiteError(problems)
+    return suites
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a suite file, for editors; committed as `harness/schemas/suite-v1.json`."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Suite.model_json_schema(by_alias=True)}
+
+
+def _problem(document: Document, entry: Any) -> Problem:
+    """A pydantic error in the reader's words."""
+    location, message = entry["loc"], entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        message = f"unknown key '{location[-1]}'; {hint}allowed: {', '.join(allowed)}"
+    elif entry["type"] == "missing":
+        message = f"'{location[-1]}' is required"
+        location = location[:-1]
+    elif location and location[-1] in ("str", "int", "float", "bool"):
+        message = f"is {entry['input']!r}; allowed: text, a number, true, false or null, or a list of them"
+    elif entry["type"] in ("enum", "literal_error"):
+        message = f"is {entry['input']!r}; allowed: {entry['ctx']['expected']}"
+    elif location and not isinstance(entry["input"], dict | list | tuple):
+        message = f"is {entry['input']!r}; {message[0].lower()}{message[1:]}"
+    return document.problem(location, message)
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    model = LayoutSpec if "layout" in location else Group if "groups" in location else Suite
+    return [field.alias or name for name, field in model.model_fields.items()]
