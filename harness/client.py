@@ -1,0 +1,150 @@
+"""Asks a server the workload over HTTP and writes down what it answered."""
+
+import asyncio
+from collections.abc import Callable
+
+import httpx
+
+from harness.cell import Cell
+from harness.server.process import Server
+from harness.transcript import Answer, Prompt, Step, Transcript
+from harness.workload import Workload
+
+TOP_K = 20  # vLLM's default --max-logprobs
+FORCED_KEY = "helix_forced_tokens"
+_ID = "token_id:"
+
+
+class NotForced(Exception):
+    """The server did not follow the imposed tokens: the comparison would be worthless."""
+
+
+def answer_all(server: Server, cell: Cell, workload: Workload, dtype: str, follow: Transcript | None = None) -> Transcript:
+    """Ask every prompt of `workload`. `follow` imposes that transcript's tokens, position by position.
+
+    A request that the living server refuses or breaks off becomes an answer without steps. Raises ServerFailed when
+    the server dies or the run is cancelled, NotForced when it answers with other tokens than the imposed ones.
+    """
+    answers = asyncio.run(_Asker(server, workload, follow).run())
+    return Transcript(
+        cell_id=cell.id,
+        cell_key=cell.key,
+        workload_key=workload.key,
+        dtype=dtype,
+        vocab_size=workload.vocab,
+        top_k=TOP_K,
+        answers=tuple(answers),
+    )
+
+
+class _Asker:
+    def __init__(self, server: Server, workload: Workload, follow: Transcript | None):
+        self.server = server
+        self.workload = workload
+        self.forced = {a.prompt: [step.token_id for step in a.steps] for a in follow.answers} if follow else None
+
+    async def run(self) -> list[Answer]:
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
+        timeout = httpx.Timeout(self.server.limits.request, connect=10.0)
+        async with httpx.AsyncClient(
+            base_url=self.server.url, headers=self.server.headers, timeout=timeout, limits=limits
+        ) as client:
+            asking = asyncio.create_task(self._ask_in_order(client))
+            watching = asyncio.create_task(_watch(self.server.check))
+            try:
+                await asyncio.wait({asking, watching}, return_when=asyncio.FIRST_COMPLETED)
+                if watching.done():
+                    watching.result()
+                return asking.result()
+            finally:
+                for task in (asking, watching):
+                    task.cancel()
+                await asyncio.gather(asking, watching, return_exceptions=True)
+
+    async def _ask_in_order(self, client: httpx.AsyncClient) -> list[Answer]:
+        answers: list[Answer] = []
+        for batch in _batches(self.workload.prompts):
+            answers += await asyncio.gather(*(self._ask(client, prompt) for prompt in batch))
+        return answers
+
+    async def _ask(self, client: httpx.AsyncClient, prompt: Prompt) -> Answer:
+        wanted = self.forced.get(prompt.name, []) if self.forced is not None else None
+        body = {
+            "model": self.server.launch.name,
+            "prompt": list(prompt.token_ids),
+            "max_tokens": prompt.max_tokens,
+            "temperature": 0,
+            "logprobs": TOP_K,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "add_special_tokens": False,
+        }
+        if wanted:
+            body["vllm_xargs"] = {FORCED_KEY: wanted}
+        try:
+            reply = await client.post("/v1/completions", json=body)
+            steps = read_steps(reply.json()) if reply.is_success else ()
+        except (httpx.TransportError, ValueError):
+            await _settle(self.server.check)
+            steps = ()
+        if wanted and [step.token_id for step in steps] != wanted[: len(steps)]:
+            at = next(i for i, step in enumerate(steps) if i >= len(wanted) or step.token_id != wanted[i])
+            raise NotForced(f"prompt {prompt.name}: step {at} answered token {steps[at].token_id}, not the imposed one")
+        return Answer(
+            prompt=prompt.name,
+            kind=prompt.kind,
+            prompt_length=len(prompt.token_ids),
+            batch=prompt.batch,
+            forced=wanted is not None,
+            steps=steps,
+        )
+
+
+def read_steps(reply: dict) -> tuple[Step, ...]:
+    """The steps of a completion. ValueError when the reply is not of the documented form.
+
+    The server adds the chosen token to the top k where it is not among them; here `top` is the top k alone.
+    """
+    try:
+        choice = reply["choices"][0]
+        logprobs = choice["logprobs"]
+        rows = zip(choice["token_ids"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+        return tuple(
+            Step(token_id=token, logprob=logprob, top=_top({_id(text): value for text, value in top.items()}))
+            for token, logprob, top in rows
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a completion with logprobs: {type(error).__name__}: {error}") from error
+
+
+def _top(values: dict[int, float]) -> dict[int, float]:
+    best = sorted(values.items(), key=lambda item: -item[1])
+    return dict(best[:TOP_K])
+
+
+def _id(text: str) -> int:
+    if not text.startswith(_ID):
+        raise ValueError(f"expected token ids, got {text!r}")
+    return int(text.removeprefix(_ID))
+
+
+def _batches(prompts: tuple[Prompt, ...]) -> list[list[Prompt]]:
+    """Prompts in order; those that share a non-zero batch together, at the place of the first of them."""
+    groups: dict[tuple[int, int], list[Prompt]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault((prompt.batch, 0 if prompt.batch else index), []).append(prompt)
+    return list(groups.values())
+
+
+async def _watch(check: Callable[[], None]) -> None:
+    while True:
+        check()
+        await asyncio.sleep(0.2)
+
+
+async def _settle(check: Callable[[], None], seconds: float = 3.0) -> None:
+    """After a broken connection: wait for the death that probably caused it, so that it is reported as what it is."""
+    for _ in range(int(seconds / 0.1)):
+        check()
+        await asyncio.sleep(0.1)

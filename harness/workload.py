@@ -1,0 +1,116 @@
+"""What is asked of a server: the same prompts for a baseline and all cells that it serves, and why each exists.
+
+The list depends only on what baseline and cells share (TP, block size, vocabulary, longest context, profile, seed), so
+it covers every KVP that divides TP and every interleave that the suites cross, whichever cell asks.
+"""
+
+from typing import Literal
+
+import numpy as np
+
+from harness.cell import Cell
+from harness.frozen import Frozen, content_hash
+from harness.transcript import Prompt
+
+Profile = Literal["smoke", "standard"]
+
+#: Interleave sizes that suites cross; the block size itself is added.
+INTERLEAVES = (1, 16)
+DEFAULT_BLOCK = 128  # vLLM's own on CPU
+LONG = 1000
+FIRST_WORD = 4  # below are special tokens
+
+
+class Budget(Frozen):
+    """How much a profile asks: generated tokens of a boundary prompt, of a batched one, of the long decode."""
+
+    boundary: int
+    batched: int
+    decode: int
+    batch_lengths: tuple[int, ...]
+
+
+BUDGETS: dict[str, Budget] = {
+    "smoke": Budget(boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257)),
+    "standard": Budget(
+        boundary=16, batched=32, decode=100, batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400)
+    ),
+}
+
+
+class Workload(Frozen):
+    """Prompts in the order in which they are asked; those of one non-zero `batch` go out at the same time."""
+
+    profile: str
+    vocab: int
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def key(self) -> str:
+        return content_hash(self.model_dump(mode="json"))
+
+
+def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
+    """The workload of `cell` and of its baseline. `vocab`, `max_model_len` (tokens) are the model's."""
+    serve = dict(cell.serve)
+    return make_workload(
+        tp=cell.tp,
+        block=int(serve.get("block-size", DEFAULT_BLOCK)),
+        vocab=vocab,
+        max_model_len=min(max_model_len, int(serve.get("max-model-len", max_model_len))),
+        profile=cell.workload,
+        seed=int(serve.get("seed", 0)),
+    )
+
+
+def make_workload(tp: int, block: int, vocab: int, max_model_len: int, profile: str = "standard", seed: int = 0) -> Workload:
+    """Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything."""
+    if profile not in BUDGETS:
+        raise KeyError(f"no workload {profile!r}; there are: {', '.join(sorted(BUDGETS))}")
+    budget = BUDGETS[profile]
+    if max_model_len < budget.decode + 8:
+        raise ValueError(f"workload {profile} needs max-model-len of at least {budget.decode + 8}, not {max_model_len}")
+    prompts: list[Prompt] = []
+
+    def add(kind: str, why: str, length: int, max_tokens: int, batch: int = 0, words: str = "") -> None:
+        name = f"{len(prompts):02d}-{kind}-{length}"
+        tokens = _tokens(words or name, length, vocab, seed)
+        prompts.append(Prompt(name=name, kind=kind, why=why, token_ids=tokens, max_tokens=max_tokens, batch=batch))
+
+    def fits(length: int, tokens: int) -> bool:
+        return 0 < length <= max_model_len - tokens
+
+    for length, why in sorted(boundaries(tp, block).items()):
+        if fits(length, budget.boundary):
+            add("boundary", why, length, budget.boundary)
+    add("decode", f"decode of {budget.decode} tokens crosses owners and blocks", 7, budget.decode)
+    long = min(LONG, max_model_len - budget.batched)
+    why = f"{long} tokens: many blocks on every rank, several prefill chunks where chunks are small"
+    add("long", why, long, budget.batched, words="long")
+    add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.batched, words="long")
+    for length in budget.batch_lengths:
+        if fits(length, budget.batched):
+            why = "one of a full batch of mixed lengths: rows must not read each other's shards"
+            add("batch", why, length, budget.batched, batch=1)
+    return Workload(profile=profile, vocab=vocab, prompts=tuple(prompts))
+
+
+def boundaries(tp: int, block: int) -> dict[int, str]:
+    """Prompt length -> why, around every place where ownership of tokens changes for some KVP of this TP."""
+    found: dict[int, list[str]] = {}
+    for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
+        for unit in sorted({*INTERLEAVES, block}):
+            for offset in (-1, 0, 1):
+                name = "block" if unit == block else "interleave"
+                where = f"{name} {unit} x KVP {kvp}{offset:+d}" if offset else f"{name} {unit} x KVP {kvp}"
+                found.setdefault(unit * kvp + offset, []).append(where)
+    if not found:  # TP 1 has no KVP; a few lengths around the block remain
+        found = {1: ["one token"], block - 1: ["block-1"], block: ["block"], block + 1: ["block+1"]}
+    return {length: "ownership changes here: " + "; ".join(whys) for length, whys in found.items() if length > 0}
+
+
+def _tokens(words: str, length: int, vocab: int, seed: int) -> tuple[int, ...]:
+    """Random ordinary tokens, the same for the same words; other words share no prefix worth a cache hit."""
+    spice = int(content_hash(words), 16)
+    random = np.random.Generator(np.random.PCG64([seed, spice]))
+    return tuple(random.integers(FIRST_WORD, vocab, size=length).tolist())
