@@ -4,6 +4,7 @@ The rows themselves are in `capability_rows`. No torch and no vLLM here: the tab
 """
 
 import re
+from functools import cache
 
 from helix_runtime.capability_rows import (
     DEFAULT_VLLM,
@@ -40,6 +41,7 @@ __all__ = [
     "check_version",
     "declare",
     "default_backend",
+    "families_of",
     "hardware_family",
     "is_mla",
 ]
@@ -63,6 +65,7 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
 }
 
 
+@cache
 def declare(backend: str, hardware: str, mode: str, vllm_version: str = DEFAULT_VLLM) -> Declared:
     """What the table says of one square.
 
@@ -80,6 +83,7 @@ def declare(backend: str, hardware: str, mode: str, vllm_version: str = DEFAULT_
     return Declared(Support.UNSUPPORTED, silent, "helix_runtime/capabilities.py", False, None)
 
 
+@cache
 def backends(
     hardware: str | None = None, *, mla: bool | None = None, vllm_version: str = DEFAULT_VLLM
 ) -> tuple[str, ...]:
@@ -97,12 +101,21 @@ def backends(
     return tuple(names)
 
 
+@cache
+def families_of(backend: str, vllm_version: str = DEFAULT_VLLM) -> tuple[str, ...]:
+    """Hardware families on which that version's source lets the backend run at all, whatever the mode."""
+    version = check_version(vllm_version)
+    found = {row.hardware for row in ROWS if row.backend == backend and row.covers(version) and row.runs}
+    return tuple(family for family in HARDWARE if family in found)
+
+
 def is_mla(backend: str, vllm_version: str = DEFAULT_VLLM) -> bool:
     """Whether a backend serves MLA models (else GQA). ValueError for an unknown one."""
     _known("attention backend", backend, backends(vllm_version=vllm_version))
     return backend in backends(mla=True, vllm_version=vllm_version)
 
 
+@cache
 def default_backend(
     hardware: str, mode: str, vllm_version: str = DEFAULT_VLLM, *, use_mla: bool | None = None
 ) -> str | None:
@@ -134,6 +147,7 @@ def hardware_family(major: int, minor: int) -> str:
     return families[major]
 
 
+@cache
 def check_version(version: str) -> str:
     """`version` without a local suffix (`0.32.0+cpu` -> `0.32.0`). ValueError if no row of the table covers it."""
     plain = version.split("+")[0]

@@ -63,6 +63,7 @@ class Row:
     since: str
     before: str | None
     declared: Declared
+    runs: bool = True  # the backend runs on this hardware at all, whatever the mode
 
     def covers(self, version: str) -> bool:
         if self.before is None or version == ORIGINAL:
@@ -169,7 +170,16 @@ _OURS_0_32 = (
 def _spread(backend: _Backend, folder: str, since: str, before: str) -> list[Row]:
     """One row for each hardware family and mode of a backend."""
     return [
-        Row(backend.name, hardware, mode, backend.mla, since, before, _judge(backend, hardware, mode, folder))
+        Row(
+            backend.name,
+            hardware,
+            mode,
+            backend.mla,
+            since,
+            before,
+            _judge(backend, hardware, mode, folder),
+            runs=hardware in backend.families,
+        )
         for hardware, mode in product(HARDWARE, MODES)
     ]
 
@@ -185,6 +195,8 @@ def _judge(backend: _Backend, hardware: str, mode: str, folder: str) -> Declared
     if mode in (HELIX_GQA, HELIX_MLA) and backend.mla != (mode == HELIX_MLA):
         serves, wants = ("MLA", "GQA") if backend.mla else ("GQA", "MLA")
         return answer(_NO, f"{backend.name} serves {serves} models; {mode} is for {wants} models")
+    if mode != STANDARD_TP and not lse:
+        return answer(_NO, f"{backend.name} returns no LSE for decode, so partial results cannot be merged (no DCP)")
     if mode in (HELIX_GQA, HELIX_MLA) and hardware in ("ampere", "ada"):
         return answer(_NO, "Helix is declared for compute capability 9.0 and up: no cell has proved it below")
     for special_mode, support, reason, where in backend.special:
@@ -192,8 +204,6 @@ def _judge(backend: _Backend, hardware: str, mode: str, folder: str) -> Declared
             return answer(support, reason, where)
     if mode == STANDARD_TP:
         return answer(Support.SUPPORTED, f"needs no LSE; it needs {backend.families_why}")
-    if not lse:
-        return answer(_NO, f"{backend.name} returns no LSE for decode, so partial results cannot be merged (no DCP)")
     return answer(Support.SUPPORTED, f"supports_dcp, and decode returns its LSE in base {base}")
 
 

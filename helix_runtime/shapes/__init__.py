@@ -1,0 +1,157 @@
+"""Models as shapes: the structural numbers of a `config.json`, without its weights, its hub or `transformers`.
+
+The committed files are named `org--name.json` and hold only structural fields of the public configs.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+#: `model_type`s whose attention is multi-head latent attention when they name a `kv_lora_rank`.
+_MLA_TYPES = ("deepseek_v2", "deepseek_v3")
+#: `model_type`s with grouped-query attention that this module can read; Nemotron's Llama family says `llama`.
+_GQA_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaShape:
+    """Sizes of multi-head latent attention. `q_lora_rank` is None where queries are projected in one step."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None
+
+    @property
+    def latent_size(self) -> int:
+        """Values cached per token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeShape:
+    """Experts: `routed` of them, `per_token` used at a time, `shared` always, each with `intermediate_size`.
+
+    The first `first_dense_layers` layers have the dense FFN of `ModelShape.intermediate_size` instead.
+    """
+
+    routed: int
+    per_token: int
+    shared: int
+    intermediate_size: int
+    first_dense_layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """One model. `num_kv_heads` is 1 for MLA (the latent); `head_size` is then the cached size, as vLLM counts it."""
+
+    name: str
+    architecture: str
+    num_query_heads: int
+    num_kv_heads: int
+    head_size: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    mla: MlaShape | None = None
+    moe: MoeShape | None = None
+
+    @property
+    def use_mla(self) -> bool:
+        return self.mla is not None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], name: str) -> "ModelShape":
+        """From a `config.json`. ValueError, with the model's name, for an unknown family or a missing field."""
+        family = config.get("model_type")
+        if family not in (*_MLA_TYPES, *_GQA_TYPES):
+            known = ", ".join((*_GQA_TYPES, *_MLA_TYPES))
+            raise ValueError(f"{name}: model_type {family!r} is not a known family; known: {known}")
+        try:
+            mla = _mla(config) if family in _MLA_TYPES else None
+            heads = config["num_attention_heads"]
+            return cls(
+                name=name,
+                architecture=config["architectures"][0],
+                num_query_heads=heads,
+                # Absent or null means multi-head attention: as many KV heads as query heads.
+                num_kv_heads=1 if mla else config.get("num_key_value_heads") or heads,
+                head_size=mla.latent_size if mla else config.get("head_dim") or config["hidden_size"] // heads,
+                num_layers=config["num_hidden_layers"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                vocab_size=config["vocab_size"],
+                max_position_embeddings=config["max_position_embeddings"],
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                mla=mla,
+                moe=_moe(config),
+            )
+        except KeyError as missing:
+            raise ValueError(f"{name}: its config.json has no field {missing}") from None
+
+    def layout_arguments(self) -> dict[str, object]:
+        """The model's part of `layout.resolve_layout`'s and `layout.legal_layouts`' keywords."""
+        return {
+            "num_query_heads": self.num_query_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "use_mla": self.use_mla,
+            "head_size": self.head_size,
+            "num_layers": self.num_layers,
+            "latent_size": self.mla.latent_size if self.mla else None,
+        }
+
+
+def load_shape(name_or_path: str | Path) -> ModelShape:
+    """A committed shape by hub id, or the shape of a model folder or a `config.json`.
+
+    Raises ValueError with the known names where it is none of these.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "config.json"
+    committed = _FOLDER / f"{str(name_or_path).replace('/', '--')}.json"
+    if str(name_or_path) in known_shapes():
+        return ModelShape.from_config(json.loads(committed.read_text()), str(name_or_path))
+    if path.is_file():
+        return ModelShape.from_config(json.loads(path.read_text()), str(name_or_path))
+    raise ValueError(
+        f"{str(name_or_path)!r} is neither a committed shape nor a folder or file with a config.json; "
+        f"known: {', '.join(known_shapes())}"
+    )
+
+
+def known_shapes() -> tuple[str, ...]:
+    """Hub ids of the committed shapes, in order."""
+    return tuple(sorted(path.stem.replace("--", "/", 1) for path in _FOLDER.glob("*--*.json")))
+
+
+def _mla(config: Mapping[str, object]) -> MlaShape:
+    return MlaShape(
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_rope_head_dim=config["qk_rope_head_dim"],
+        qk_nope_head_dim=config["qk_nope_head_dim"],
+        v_head_dim=config["v_head_dim"],
+        q_lora_rank=config["q_lora_rank"],
+    )
+
+
+def _moe(config: Mapping[str, object]) -> MoeShape | None:
+    """Qwen3-MoE says `num_experts`, DeepSeek `n_routed_experts`."""
+    routed = config.get("n_routed_experts") or config.get("num_experts")
+    if not routed:
+        return None
+    return MoeShape(
+        routed=routed,
+        per_token=config["num_experts_per_tok"],
+        shared=config.get("n_shared_experts") or 0,
+        intermediate_size=config["moe_intermediate_size"],
+        first_dense_layers=config.get("first_k_dense_replace") or 0,
+    )
