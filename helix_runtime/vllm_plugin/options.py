@@ -1,0 +1,49 @@
+"""`additional_config={"helix": {...}}`: the plugin's options, read strictly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+
+@dataclass(frozen=True)
+class HelixOptions:
+    """What a server was asked for. The presence of the key `helix` is what switches the plugin on.
+
+    helix_mode: Helix parallelism (what `--helix-mode` sets). False with the key present: standard DCP, with our
+        LSE-returning CPU backend where vLLM has none, and with the proof of path.
+    allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
+    proof_dir: folder for each worker's proof of path; None writes none.
+    fault: name of a deliberate defect (`faults.py`), for the oracle's own test.
+    """
+
+    helix_mode: bool = False
+    allow_gqa_tpa1: bool = False
+    proof_dir: str | None = None
+    fault: str | None = None
+
+
+def helix_options(additional_config: object) -> HelixOptions | None:
+    """The options in vLLM's `additional_config`, or None where Helix was not asked for. Raises HelixRefusal."""
+    if not isinstance(additional_config, Mapping) or "helix" not in additional_config:
+        return None
+    given = additional_config["helix"]
+    if not isinstance(given, Mapping):
+        raise HelixRefusal(f'additional_config["helix"] must be a mapping of options, not {given!r}; {_allowed()}')
+    return HelixOptions(**{name: _checked(name, value) for name, value in given.items()})
+
+
+def _checked(name: str, value: Any) -> Any:
+    types = {field.name: field.type for field in fields(HelixOptions)}
+    if name not in types:
+        raise HelixRefusal(f'additional_config["helix"] has no option {name!r}; {_allowed()}')
+    allowed = get_args(types[name]) or (types[name],)
+    if not isinstance(value, allowed):
+        raise HelixRefusal(f'additional_config["helix"][{name!r}] is {value!r}; {_allowed()}')
+    return value
+
+
+def _allowed() -> str:
+    names = (f"{field.name} ({getattr(field.type, '__name__', field.type)})" for field in fields(HelixOptions))
+    return "allowed: " + ", ".join(names)

@@ -1,0 +1,111 @@
+"""Where a worker process turns into a Helix worker.
+
+Why: workers receive a finished VllmConfig by pickling, so nothing of `gate.py` runs there; they patch themselves.
+Hook: `WorkerBase.__init__`, the first call that knows the configuration; `Worker.load_model`, after the process
+groups exist and around the building of the model.
+Upstream: none needed.
+Remove when: a general plugin is handed the configuration.
+"""
+
+from helix_runtime.proof import ProofWriter, RankProof
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
+
+
+def install() -> None:
+    patch("vllm.v1.worker.worker_base:WorkerBase.__init__", _init)
+
+
+def _init(original):
+    def __init__(self, vllm_config, local_rank, rank, *args, **kwargs):
+        original(self, vllm_config, local_rank, rank, *args, **kwargs)
+        options = helix_options(vllm_config.additional_config)
+        if options is not None and vllm_config.parallel_config.decode_context_parallel_size > 1:
+            activate(vllm_config, options, rank)
+
+    return __init__
+
+
+def activate(config, options: HelixOptions, rank: int) -> None:
+    """Patch this process for one rank: CPU backend and slot mapping, and for Helix the TPA scope and owned heads."""
+    from vllm.platforms import current_platform
+
+    from helix_runtime.vllm_plugin import owned_heads, tpa_scope
+    from helix_runtime.vllm_plugin.architectures import attention_constructor
+    from helix_runtime.vllm_plugin.gate import layout_of
+
+    layout = layout_of(config, options)
+    if current_platform.is_cpu():
+        from helix_runtime.vllm_plugin import cpu_attention, slot_mapping
+
+        cpu_attention.install()
+        slot_mapping.install()
+    if options.helix_mode:
+        view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
+        tpa_scope.install(attention_constructor(config.model_config.architecture), view)
+        owned_heads.install(layout.kvp)
+    patch("vllm.v1.worker.gpu_worker:Worker.load_model", lambda original: _load_model(original, options, layout))
+
+
+def _load_model(original, options: HelixOptions, layout):
+    def load_model(self, *args, **kwargs):
+        from vllm.distributed.parallel_state import get_dcp_group
+
+        from helix_runtime.vllm_plugin.context_parallel import ContextParallel, set_current
+        from helix_runtime.vllm_plugin.faults import make_fault
+        from helix_runtime.vllm_plugin.self_test import self_test
+
+        parallel = self.vllm_config.parallel_config
+        context = ContextParallel(
+            layout,
+            self.rank,
+            parallel.dcp_comm_backend,
+            parallel.cp_kv_cache_interleave_size,
+            get_dcp_group().device_group,
+            ProofWriter(options.proof_dir, self.rank),
+        )
+        set_current(context)
+        original(self, *args, **kwargs)
+        self_test(context, self.device)
+        context.fault = make_fault(options.fault)
+        context.proof.identify(rank_proof(self, context))
+
+    return load_model
+
+
+def rank_proof(worker, context) -> RankProof:
+    """Who this worker is, read from the objects that will run, not from what was asked for."""
+    import vllm
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.distributed.parallel_state import get_dcp_group, get_tp_group
+    from vllm.model_executor.layers.attention import Attention
+
+    layers = get_layers_from_vllm_config(worker.vllm_config, Attention)
+    impls = {type(layer.impl) for layer in layers.values()}
+    layout, group = context.layout, get_dcp_group()
+    return RankProof(
+        rank=get_tp_group().rank_in_group,
+        tp=get_tp_group().world_size,
+        kvp=group.world_size,
+        tpa=layout.tpa,
+        kvp_rank=group.rank_in_group,
+        tpa_rank=layout.tpa_rank(context.rank),
+        helix=context.helix,
+        backend=", ".join(sorted(_backend_name(impl) for impl in impls)),
+        impl=", ".join(sorted(f"{impl.__module__}.{impl.__qualname__}" for impl in impls)),
+        combine=context.comm,
+        combine_impl=context.combine_name,
+        group_size=group.world_size,
+        group_ranks=tuple(group.ranks),
+        interleave=context.interleave,
+        lse_base="e" if all(impl.lse_base_on_e for impl in impls) else "2",
+        model_runner=f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
+        vllm_version=vllm.__version__,
+        self_test="ok",
+    )
+
+
+def _backend_name(impl: type) -> str:
+    from helix_runtime.vllm_plugin import cpu_attention
+
+    return cpu_attention.NAME if issubclass(impl, cpu_attention.HelixCPUAttentionImpl) else impl.__name__
