@@ -1,5 +1,6 @@
 """One cell: one server to start and one verdict. Frozen; its key is the hash of all that can change the answer."""
 
+import json
 import shlex
 import sys
 from enum import StrEnum
@@ -73,7 +74,8 @@ class Cell(Frozen):
             parts.append(self.comm)
         if self.kvp > 1:
             parts.append(f"i{self.interleave}")
-        parts += [f"{name}={value}" for name, value in (*self.serve, *self.helix) if name not in _QUIET]
+        parts += [f"{name}={value}" for name, value in (*self.serve, *self.helix) if _QUIET.get(name) != value]
+        parts += [f"workload={self.workload}"] if self.workload != "standard" else []
         parts += [f"fault={self.fault}"] if self.fault else []
         return "/".join(part.replace("/", "-").replace(" ", "") for part in parts)
 
@@ -92,6 +94,8 @@ class Cell(Frozen):
             args += ["--dcp-comm-backend", self.comm]
         for name, value in self.serve:
             args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if self.helix:
+            args += ["--additional-config", json.dumps({"helix": dict(self.helix)})]
         return args
 
     def command(self, model: str | None = None) -> list[str]:
@@ -116,5 +120,13 @@ def python() -> str:
     return sys.executable
 
 
-#: Serve options that every CPU cell carries; they stay out of the readable id (they are in the key).
-_QUIET = {"max-model-len", "block-size", "dtype", "kv-cache-memory-bytes", "enforce-eager", "max-num-seqs", "seed"}
+#: Serve options that every CPU cell carries; with these values they stay out of the readable id (not out of the key).
+_QUIET: dict[str, Value] = {
+    "dtype": "float32",
+    "max-model-len": 2048,
+    "block-size": 32,
+    "enforce-eager": True,
+    "kv-cache-memory-bytes": 67108864,
+    "max-num-seqs": 16,
+    "seed": 0,
+}

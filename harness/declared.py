@@ -1,6 +1,6 @@
 """The declared verdict of a cell: what the suite says, else what the layout rules and the capability table say."""
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from harness.cell import Cell
@@ -53,7 +53,7 @@ def declare(cell: Cell, refusal: str | None = None) -> Declaration:
     return found._replace(refusal=refusal) if refusal else found
 
 
-@lru_cache(maxsize=None)
+@cache
 def judge(rules: Rules) -> Declaration:
     """Layout first (an illegal one is refused wherever it runs), then the table. A refusal is quoted by its rule."""
     from helix_runtime.layout import LayoutError
@@ -62,7 +62,7 @@ def judge(rules: Rules) -> Declaration:
     try:
         mla = _check_layout(rules)
     except LayoutError as error:
-        return Declaration(Verdict.REJECTED, str(error), error.rule)
+        return Declaration(Verdict.REJECTED, str(error), error.sentence)
     except LookupError as error:
         mla, note = None, f"; layout not checked: {error.args[0] if error.args else error}"
     declaration = _from_table(rules, mla)
@@ -70,13 +70,15 @@ def judge(rules: Rules) -> Declaration:
 
 
 def shape_of(model: str):
-    """The ModelShape of a recipe or of a committed `config.json`. Raises LookupError for a model that has neither."""
+    """The ModelShape of a recipe or of a committed `config.json`. Raises LookupError for a model without either."""
     if model.startswith("recipe:"):
         from harness.models import shape
 
         return shape(model)
-    from helix_runtime.shapes import load_shape
+    from helix_runtime.shapes import known_shapes, load_shape
 
+    if model not in known_shapes():
+        raise LookupError(f"no committed shape of {model}")
     return load_shape(model)
 
 
@@ -89,9 +91,7 @@ def _check_layout(rules: Rules) -> bool:
         resolve_layout(
             tensor_parallel_size=rules.tp,
             decode_context_parallel_size=rules.kvp,
-            num_query_heads=shape.num_query_heads,
-            num_kv_heads=shape.num_kv_heads,
-            use_mla=shape.use_mla,
+            **shape.layout_arguments(),
             helix_mode=rules.mode.startswith("helix"),
             interleave_size=rules.interleave,
             block_size=rules.block_size,

@@ -46,7 +46,7 @@ class Device(NamedTuple):
 
 
 def family_of(compute_capability: str) -> str:
-    """`9.0` -> `hopper`, `10.3` -> `blackwell`, `12.0` -> `blackwell-rtx`; one that no table knows by number: `sm75`."""
+    """`9.0` -> `hopper`, `10.3` -> `blackwell`, `12.0` -> `blackwell-rtx`; others by number: `sm75`."""
     from helix_runtime.capabilities import hardware_family
 
     major, _, minor = compute_capability.partition(".")

@@ -104,9 +104,9 @@ class Group(Strict):
     layout: Axis[LayoutSpec]
     interleave: Axis[Size] = (1,)
     comm: Axis[Comm | None] = (None,)
-    serve: Options = {}
-    helix: Options = {}
-    workload: Name = "standard"
+    serve: Options = Field(default_factory=dict)
+    helix: Options = Field(default_factory=dict)
+    workload: Literal["smoke", "standard"] = "standard"
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None
     refusal: Sentence | None = Field(default=None, description="text that the refusal must contain")
@@ -130,7 +130,7 @@ class Suite(Strict):
     schema_version: Literal[1] = Field(alias="schema")
     name: Name
     description: Sentence
-    defaults: dict[Family, Options] = {}
+    defaults: dict[Family, Options] = Field(default_factory=dict)
     groups: Annotated[tuple[Group, ...], BeforeValidator(_plain_list), Field(min_length=1)]
 
     @validator(mode="after")
@@ -150,6 +150,7 @@ def load(path: Path) -> Suite:
     except ValidationError as error:
         problems = [_problem(document, entry) for entry in error.errors()]
         raise SuiteError(list(dict.fromkeys(problems))) from None  # a union reports once for each of its members
+    _check_names(suite, document)
     if suite.name != path.stem:
         message = f"is '{suite.name}'; allowed: '{path.stem}', the name of the file"
         raise SuiteError([document.problem(("name",), message)])
@@ -187,6 +188,25 @@ def load_all(names: Iterable[str] = (), folder: Path = FOLDER) -> list[Suite]:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a suite file, for editors; committed as `harness/schemas/suite-v1.json`."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Suite.model_json_schema(by_alias=True)}
+
+
+def _check_names(suite: Suite, document: Document) -> None:
+    """Backends and recipes must exist: a slip of the pen would otherwise be found when the server starts."""
+    from harness.models import RECIPES
+    from helix_runtime.capabilities import backends
+
+    known = {"backend": ("auto", *backends()), "model": tuple(f"recipe:{name}" for name in RECIPES)}
+    problems = []
+    for number, group in enumerate(suite.groups):
+        recipes = [(index, name) for index, name in enumerate(group.model) if name.startswith("recipe:")]
+        for field, named in (("backend", list(enumerate(group.backend))), ("model", recipes)):
+            problems += [
+                document.problem(("groups", number, field, index), f"is '{name}'; allowed: {', '.join(known[field])}")
+                for index, name in named
+                if name not in known[field]
+            ]
+    if problems:
+        raise SuiteError(problems)
 
 
 def _problem(document: Document, entry: Any) -> Problem:

@@ -1,0 +1,98 @@
+"""What `--list` and `--dry-run` print: the plan, as text for people or as JSON for programs."""
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.cell import Cell
+from harness.matrix import PlannedCell
+from harness.suite import Suite
+from harness.verdict import TABLE
+
+if TYPE_CHECKING:
+    from harness.cli import Request
+
+
+def show_list(request: "Request") -> int:
+    """`--list`: suites; with `-v` each cell with its declared verdict and why."""
+    plan, suites = request.plan, request.suites
+    if request.options.format == "json":
+        document = {
+            "hardware": [device.model_dump(mode="json") for device in request.hardware],
+            "suites": [_suite_as_json(suite, plan) for suite in suites],
+        }
+        if request.options.verbose:
+            document["cells"] = [as_json(item) for item in plan]
+        print(json.dumps(document, indent=2))
+        return 0
+    print(f"hardware: {' and '.join(str(device) for device in request.hardware)}\n")
+    width = max(len(suite.name) for suite in suites)
+    print(f"{'suite':<{width}}  cells  here  about")
+    for suite in suites:
+        cells, here = _count(suite, plan)
+        print(f"{suite.name:<{width}}  {cells:>5}  {here:>4}  {suite.description}")
+    print(f"\n{len(plan)} cells in all (suites share some), {sum(item.skip is None for item in plan)} can run here.")
+    if request.options.verbose:
+        for item in plan:
+            print(f"\n{_headline(item)}\n    why: {item.declared_why}")
+            print(f"    suites: {', '.join(item.suites)}" + (f"; skip here: {item.skip}" if item.skip else ""))
+    else:
+        print("Each cell with its declared verdict and why: --list -v. Run one suite: --suite NAME.")
+    return 0
+
+
+def show_commands(request: "Request") -> int:
+    """`--dry-run`: the exact serve command of each cell, on a line of its own below a comment that names the cell."""
+    plan = request.plan
+    if request.options.format == "json":
+        print(json.dumps([as_json(item) for item in plan], indent=2))
+        return 0
+    for item in plan:
+        print(f"# {_headline(item)}")
+        if item.baseline:
+            print(f"#   compared with {item.baseline.id}")
+        if item.skip:
+            print(f"#   skip here: {item.skip}")
+        print(f"{command_line(item.cell)}\n")
+    verdicts = Counter("skip" if item.skip else "run" for item in plan)
+    print(f"# {len(plan)} cells: {verdicts['run']} run here, {verdicts['skip']} skipped. Nothing was started.")
+    return 0
+
+
+def command_line(cell: Cell) -> str:
+    """The cell's command as a user would type it, its environment variables in front."""
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in cell.env), cell.shown()])
+
+
+def as_json(item: PlannedCell) -> dict[str, Any]:
+    """One planned cell for programs: what `--format json` prints."""
+    return {
+        "id": item.cell.id,
+        "key": item.cell.key,
+        "suites": list(item.suites),
+        "declared": item.declared,
+        "declared_why": item.declared_why,
+        "refusal": item.refusal,
+        "skip": item.skip,
+        "baseline": item.baseline.id if item.baseline else None,
+        "command": item.cell.command(),
+        "shown": command_line(item.cell),
+        "cell": item.cell.model_dump(mode="json"),
+    }
+
+
+def _headline(item: PlannedCell) -> str:
+    return f"{TABLE[item.declared].symbol} {item.declared:<8}  {item.cell.id}"
+
+
+def _suite_as_json(suite: Suite, plan: Sequence[PlannedCell]) -> dict[str, Any]:
+    cells, here = _count(suite, plan)
+    return {"name": suite.name, "description": suite.description, "cells": cells, "here": here}
+
+
+def _count(suite: Suite, plan: Sequence[PlannedCell]) -> tuple[int, int]:
+    """(cells of a suite, those that can run here)."""
+    mine = [item for item in plan if suite.name in item.suites]
+    return len(mine), sum(item.skip is None for item in mine)

@@ -1,0 +1,140 @@
+"""Running the plan: folder, runtime, runner, summary, report. The runner itself is `harness.runner`."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from harness.frozen import content_hash
+from harness.matrix import PlannedCell
+from harness.result import CellResult
+from harness.suite import ROOT
+from harness.verdict import TABLE, Effect, Verdict, exit_status
+
+if TYPE_CHECKING:
+    from harness.cli import Request
+
+RUNS = ROOT / "reports" / "runs"
+INTERRUPTED = 130
+
+
+class Runner(Protocol):
+    """Runs a plan: one result a cell, skipped ones included; each also appended to `run_dir/ledger.ndjson`."""
+
+    def __call__(
+        self, plan: list[PlannedCell], *, run_dir: Path, jobs: int, runtime: str, progress: object
+    ) -> list[CellResult]: ...
+
+
+class Reporter(Protocol):
+    """Writes index.html, results.json and junit.xml from the ledger of a run; returns the page."""
+
+    def __call__(self, run_dir: Path) -> Path: ...
+
+
+def run(request: "Request", runner: Runner | None = None, reporter: Reporter | None = None) -> int:
+    """Run the request's plan and write its report. Returns the exit status; 130 after Ctrl-C."""
+    from harness.cli import UsageError
+
+    options, plan = request.options, request.plan
+    runtime, why = choose_runtime(options.runtime)
+    assumed = [device.family for device in request.hardware if not device.detected]
+    if assumed:
+        raise UsageError(f"--hardware {','.join(assumed)}: not on this host, so it goes with --list and --dry-run only")
+    run_dir = make_run_dir(options.run_dir, plan)
+    skipped = sum(item.skip is not None for item in plan)
+    print(f"hardware: {' and '.join(str(device) for device in request.hardware)}")
+    print(f"runtime: {runtime} ({why})")
+    print(
+        f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {options.jobs}"
+    )
+    print(f"folder: {shown(run_dir)}", flush=True)
+
+    runner = runner or _runner()
+    interrupted = False
+    try:
+        results = runner(plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=say)
+    except KeyboardInterrupt:
+        # The runner has ended its servers by now; what was finished is in the ledger, and is reported.
+        interrupted, results = True, []
+    if interrupted and not (run_dir / "ledger.ndjson").exists():
+        print("interrupted before any cell was finished; no report")
+        return INTERRUPTED
+    page = (reporter or _reporter())(run_dir)
+    if interrupted:
+        print(f"\ninterrupted; what was finished before is in the report\nreport: {shown(page)}")
+        return INTERRUPTED
+    print_summary(results)
+    print(f"report: {shown(page)}")
+    return exit_status([(result.declared, result.verdict) for result in results])
+
+
+def choose_runtime(asked: str) -> tuple[str, str]:
+    """(runtime, why). Raises UsageError for `docker`, which is not built yet."""
+    from harness.cli import UsageError
+
+    if asked == "docker":
+        raise UsageError("--runtime docker is not built yet; allowed: auto, process")
+    if asked == "process":
+        return "process", "as asked"
+    return "process", "auto: containers are not built yet, so servers run as processes of this user"
+
+
+def make_run_dir(asked: str | None, plan: Sequence[PlannedCell]) -> Path:
+    """A new, empty folder. Raises UsageError if `asked` already holds a run."""
+    from harness.cli import UsageError
+
+    if asked:
+        folder = Path(asked).resolve()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"--run-dir {asked} is there and not empty; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    unique = content_hash([[item.cell.key for item in plan], time.time_ns(), os.getpid()])[:6]
+    folder = RUNS / f"{stamp}-{unique}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def print_summary(results: Sequence[CellResult]) -> None:
+    """A line per cell that ran, one line per reason of skipped ones, then the counts."""
+    print()
+    skips = Counter()
+    for result in results:
+        if result.verdict is Verdict.SKIP:
+            skips[result.reason] += 1
+            continue
+        print(f"{TABLE[result.verdict].symbol} {result.verdict:<8}  {result.cell.id}")
+        if result.effect is not Effect.OK:
+            print(f"    declared {result.declared}: {result.declared_why}\n    {result.reason}")
+    for reason, number in skips.items():
+        print(f"{TABLE[Verdict.SKIP].symbol} {Verdict.SKIP:<8}  {number} cells: {reason}")
+    counts = Counter(result.verdict for result in results)
+    words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+    print(f"\n{len(results)} cells: {words or 'nothing was run'}")
+
+
+def shown(path: Path) -> str:
+    """`path` as the reader would type it: relative to where the command was called, if it is below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def say(line: str) -> None:
+    """One line of progress, at once."""
+    print(line, flush=True)
+
+
+def _runner() -> Runner:
+    from harness.runner import run as run_cells
+
+    return run_cells
+
+
+def _reporter() -> Reporter:
+    from harness.report import write
+
+    return write
