@@ -16,6 +16,9 @@ from helix_runtime.layout_rules import RULES, Proposal, Rule, first_broken
 
 __all__ = ["RULES", "Layout", "LayoutError", "Proposal", "Rule", "legal_layouts", "resolve_layout"]
 
+#: Rules about the model or an option, which no TP and DCP can mend.
+_NOT_ABOUT_SIZES = ("positive-sizes", "known-names", "query-heads-divisible-by-kv-heads")
+
 #: How many layouts a refusal names.
 NEAREST = 3
 
@@ -62,13 +65,13 @@ def resolve_layout(
     family of `capabilities.HARDWARE`. `block_size`, `interleave_size`: tokens. `head_size`, `num_layers`,
     `kv_dtype_bytes` (0.5 for FP4) only serve the byte counts.
     """
-    proposal = Proposal(
-        tp=tensor_parallel_size,
-        kvp=decode_context_parallel_size,
-        num_query_heads=num_query_heads,
-        num_kv_heads=1 if use_mla else num_kv_heads,
-        use_mla=use_mla,
-        helix_mode=helix_mode,
+    proposal = _propose(
+        tensor_parallel_size,
+        decode_context_parallel_size,
+        num_query_heads,
+        num_kv_heads,
+        use_mla,
+        helix_mode,
         attention_backend=attention_backend,
         hardware=hardware,
         interleave_size=interleave_size,
@@ -78,7 +81,7 @@ def resolve_layout(
         num_layers=num_layers,
         kv_dtype_bytes=kv_dtype_bytes,
         latent_size=latent_size,
-        vllm_version=vllm_version or capabilities.DEFAULT_VLLM,
+        vllm_version=vllm_version,
     )
     if broken := first_broken(proposal):
         rule, sentence = broken
@@ -98,17 +101,43 @@ def legal_layouts(
     """Every legal layout of a model with TP <= `gpus`, by TP, DCP, standard before Helix.
 
     `helix_mode`: only Helix, only standard, or both (None). `options`: further keywords of `resolve_layout`.
+    LayoutError where the model or an option is wrong, whatever TP and DCP.
     """
     found = []
     for tp in range(1, gpus + 1):
         for kvp in _divisors(tp):
             for helix in (False, True) if helix_mode is None else (helix_mode,):
-                try:
-                    layout = resolve_layout(tp, kvp, num_query_heads, num_kv_heads, use_mla, helix, **options)
-                except LayoutError:
-                    continue
-                found.append(layout)
+                proposal = _propose(tp, kvp, num_query_heads, num_kv_heads, use_mla, helix, **options)
+                broken = first_broken(proposal)
+                if broken is None:
+                    found.append(_layout(proposal))
+                elif broken[0].name in _NOT_ABOUT_SIZES:
+                    raise LayoutError(*broken)
     return found
+
+
+def _propose(
+    tp: int,
+    kvp: int,
+    num_query_heads: int,
+    num_kv_heads: int | None,
+    use_mla: bool,
+    helix_mode: bool,
+    *,
+    vllm_version: str | None = None,
+    **options: object,
+) -> Proposal:
+    """A proposal with the version's default filled in and, for MLA, the one latent head as K."""
+    return Proposal(
+        tp=tp,
+        kvp=kvp,
+        num_query_heads=num_query_heads,
+        num_kv_heads=1 if use_mla else num_kv_heads,
+        use_mla=use_mla,
+        helix_mode=helix_mode,
+        vllm_version=vllm_version or capabilities.DEFAULT_VLLM,
+        **options,
+    )
 
 
 def _nearest(asked: Proposal) -> tuple[Layout, ...]:

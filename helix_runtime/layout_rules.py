@@ -192,28 +192,35 @@ def _interleave(p: Proposal) -> str | None:
     return None
 
 
-def _capability(p: Proposal) -> str | None:
-    """With a backend: its rows must not all say unsupported. With hardware alone: some backend must do the mode."""
-    if p.attention_backend is None and p.hardware is None:
-        return None
+def _known_names(p: Proposal) -> str | None:
     try:
-        if p.attention_backend is None:
-            default = capabilities.default_backend(p.hardware, p.mode, p.vllm_version, use_mla=p.use_mla)
-            return None if default else _nothing_on(p)
-        if capabilities.is_mla(p.attention_backend, p.vllm_version) != p.use_mla:
-            serves, model = ("MLA", "GQA") if not p.use_mla else ("GQA", "MLA")
-            return f"{p.attention_backend} serves {serves} models and this is a model with {model}"
-        families = (p.hardware,) if p.hardware else tuple(HARDWARE)
-        rows = {
-            family: capabilities.declare(p.attention_backend, family, p.mode, p.vllm_version) for family in families
-        }
+        names = capabilities.backends(vllm_version=p.vllm_version)
+        if p.hardware is not None:
+            capabilities.backends(p.hardware, vllm_version=p.vllm_version)
     except ValueError as unknown:
         return str(unknown)
+    if p.attention_backend is not None and p.attention_backend not in names:
+        return f"unknown attention backend {p.attention_backend!r}; valid: {', '.join(names)}"
+    return None
+
+
+def _capability(p: Proposal) -> str | None:
+    """With a backend: its rows must not all say unsupported. With hardware alone: some backend must do the mode."""
+    if p.attention_backend is None:
+        if p.hardware is None:
+            return None
+        default = capabilities.default_backend(p.hardware, p.mode, p.vllm_version, use_mla=p.use_mla)
+        return None if default else _nothing_on(p)
+    if capabilities.is_mla(p.attention_backend, p.vllm_version) != p.use_mla:
+        serves, model = ("MLA", "GQA") if not p.use_mla else ("GQA", "MLA")
+        return f"{p.attention_backend} serves {serves} models and this is a model with {model}"
+    families = (p.hardware,) if p.hardware else tuple(HARDWARE)
+    rows = {family: capabilities.declare(p.attention_backend, family, p.mode, p.vllm_version) for family in families}
     if any(row.support is not Support.UNSUPPORTED for row in rows.values()):
         return None
-    # Without hardware, quote the family on which the backend gets furthest: there the reason is about the mode.
-    lived_on = capabilities.families_of(p.attention_backend, p.vllm_version)
-    family = next((family for family in rows if family in lived_on), families[0])
+    # Without hardware, quote a family on which the backend runs at all: there the reason is about the mode.
+    runs_on = capabilities.families_of(p.attention_backend, p.vllm_version)
+    family = next((family for family in rows if family in runs_on), families[0])
     where = f" on {p.hardware}" if p.hardware else ""
     return (
         f"{p.attention_backend}{where} does not support {p.mode} with vLLM {p.vllm_version}: {rows[family].reason} "
@@ -238,13 +245,14 @@ _DESIGN = "Helix design (arXiv 2507.07120, section 2)"
 #: All rules. The first broken one is the refusal.
 RULES: tuple[Rule, ...] = (
     Rule("positive-sizes", MODES, "this module", _sizes),
+    Rule("known-names", MODES, "helix_runtime/capabilities.py", _known_names),
     Rule("query-heads-divisible-by-kv-heads", MODES, "grouped-query attention", _query_group),
     Rule("tp-divisible-by-dcp", MODES, "vllm: config/parallel.py", _dcp_divides_tp),
     Rule("helix-needs-dcp", HELIX, _DESIGN, _helix_needs_dcp),
     Rule("helix-mla-needs-tpa-1", (HELIX_MLA,), _DESIGN, _mla_tpa1),
     Rule("tpa-at-most-kv-heads", (HELIX_GQA,), _DESIGN, _tpa_at_most_k),
-    Rule("kv-heads-divisible-by-tpa", (HELIX_GQA,), _DESIGN, _tpa_divides_k),
     Rule("query-heads-divisible-by-tpa", (HELIX_GQA,), _DESIGN, _tpa_divides_q),
+    Rule("kv-heads-divisible-by-tpa", (HELIX_GQA,), _DESIGN, _tpa_divides_k),
     Rule("query-heads-divisible-by-tp", MODES, _VLLM, _tp_divides_q),
     Rule("gqa-tpa-1", (HELIX_GQA,), "the original Helix design's documented limits", _gqa_tpa1),
     Rule("tp-above-kv-heads", (STANDARD_DCP,), _VLLM, _tp_above_k),
