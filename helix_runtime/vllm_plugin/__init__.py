@@ -1,7 +1,7 @@
 """The plugin for stock vLLM: everything that touches vLLM, one file a hook.
 
-`register` is the entry point in `vllm.general_plugins`; vLLM calls it once in every process. It installs four
-pass-through hooks only (two for the flag, one where the configuration is verified, one where a worker starts). All
+`register` is the entry point in `vllm.general_plugins`; vLLM calls it once in every process. It installs five
+pass-through hooks only (two for the flag, two where the configuration is verified, one where a worker starts). All
 others are patched in when a configuration asks for Helix, after every hooked signature was probed.
 
 Process by process: the API process reads the flag (`flag.py`), checks rules and refuses (`gate.py`); each worker

@@ -31,6 +31,11 @@ _ATTENTION = "vllm.model_executor.layers.attention.attention"
 SURFACE: tuple[Surface, ...] = (
     Surface("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",), "flag"),
     Surface("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",), "flag"),
+    Surface(
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        "gate",
+    ),
     Surface("vllm.config.vllm:VllmConfig.try_verify_and_update_config", ("self",), "gate"),
     Surface("vllm.config.model:ModelConfig.verify_with_parallel_config", ("self", "parallel_config"), "gate"),
     Surface("vllm.config.parallel:ParallelConfig.set_dcp_defaults", ("self", "comm_backend", "q_replicate"), "gate"),

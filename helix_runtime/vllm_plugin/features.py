@@ -1,6 +1,6 @@
 """Features that no cell has proved together with context parallelism of ours: each is refused by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ def _sliding_window(config: Any) -> bool:
     )
 
 
+SPECULATION = Unproved("speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None)
+
 UNPROVED: tuple[Unproved, ...] = (
     Unproved("LoRA", "--enable-lora", lambda c: c.lora_config is not None),
     Unproved("pipeline parallelism", "--pipeline-parallel-size", lambda c: _parallel(c).pipeline_parallel_size > 1),
@@ -35,7 +37,7 @@ UNPROVED: tuple[Unproved, ...] = (
         lambda c: _parallel(c).prefill_context_parallel_size > 1,
     ),
     Unproved("expert parallelism", "--enable-expert-parallel", lambda c: _parallel(c).enable_expert_parallel),
-    Unproved("speculative decoding", "--speculative-config", lambda c: c.speculative_config is not None),
+    SPECULATION,
     Unproved("sliding-window attention", "a model without it", _sliding_window),
     Unproved("attention sinks", "a model without them", lambda c: _hf(c, "attention_sinks") or _hf(c, "sinks")),
     Unproved("dual chunk attention", "a model without it", lambda c: _hf(c, "dual_chunk_attention_config")),
@@ -50,17 +52,17 @@ UNPROVED: tuple[Unproved, ...] = (
 
 def refuse_unproved(config: Any) -> None:
     """Raises HelixRefusal naming every unproved feature that a VllmConfig turns on."""
-    named = list(_named(config))
+    named = [feature for feature in UNPROVED if feature.on(config)]
     if named:
-        raise HelixRefusal(
-            "no cell has proved Helix or our context-parallel backend together with "
-            + ", ".join(f"{feature.name} ({feature.flag})" for feature in named)
-            + "; turn it off, or start without --helix-mode"
-        )
+        raise refusal_of(*named)
 
 
-def _named(config: Any) -> Iterator[Unproved]:
-    return (feature for feature in UNPROVED if feature.on(config))
+def refusal_of(*features: Unproved) -> HelixRefusal:
+    named = ", ".join(f"{feature.name} ({feature.flag})" for feature in features)
+    return HelixRefusal(
+        f"no cell has proved Helix or our context-parallel backend together with {named}; "
+        f"turn it off, or start without --helix-mode"
+    )
 
 
 def _hf(config: Any, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 Why: a wrong layout computes a plausible wrong answer; a late failure leaks GPU memory (vllm#37230).
 Hook: `VllmConfig.try_verify_and_update_config`, the first place where the model and the parallel configuration meet;
+`EngineArgs.create_speculative_config`, which would complain about DCP before we can refuse speculation by its name;
 `ModelConfig.verify_with_parallel_config`, whose DCP rules (TP > K, DCP <= TP // K, (Q/K) % DCP) forbid TPA < K.
 Upstream: vllm `config/model.py`; no merged change allows TPA < K for GQA.
 Remove when: vLLM verifies Helix layouts itself.
@@ -10,15 +11,16 @@ Remove when: vLLM verifies Helix layouts itself.
 import copy
 
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
-from helix_runtime.vllm_plugin.architectures import attention_constructor
+from helix_runtime.vllm_plugin.architectures import GQA, attention_constructor
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
-from helix_runtime.vllm_plugin.features import refuse_unproved
+from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_unproved
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
 
 def install() -> None:
     patch("vllm.config.vllm:VllmConfig.try_verify_and_update_config", _try_verify_and_update_config)
+    patch("vllm.engine.arg_utils:EngineArgs.create_speculative_config", _create_speculative_config)
 
 
 def _try_verify_and_update_config(original):
@@ -29,6 +31,16 @@ def _try_verify_and_update_config(original):
             admit(self, options)
 
     return try_verify_and_update_config
+
+
+def _create_speculative_config(original):
+    # The one feature whose own configuration is verified, with DCP, before a VllmConfig exists.
+    def create_speculative_config(self, *args, **kwargs):
+        if self.speculative_config is not None and helix_options(self.additional_config) is not None:
+            raise refusal_of(SPECULATION)
+        return original(self, *args, **kwargs)
+
+    return create_speculative_config
 
 
 def admit(config, options: HelixOptions) -> Layout:
@@ -49,7 +61,7 @@ def admit(config, options: HelixOptions) -> Layout:
     if model.use_mla:
         raise HelixRefusal(
             "MLA models are not served with context parallelism by this version of the plugin; "
-            f"allowed: GQA models of {', '.join(sorted(_gqa_names()))}"
+            f"allowed: GQA models of {', '.join(sorted(GQA))}"
         )
     if not current_platform.is_cpu() and options.helix_mode:
         raise HelixRefusal(
@@ -93,9 +105,3 @@ def _verify_with_parallel_config(original):
         return original(self, without_dcp)
 
     return verify_with_parallel_config
-
-
-def _gqa_names():
-    from helix_runtime.vllm_plugin.architectures import GQA
-
-    return GQA

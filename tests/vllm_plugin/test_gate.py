@@ -1,0 +1,123 @@
+"""Refusals and admissions, on the configuration objects of the vLLM that is installed; no worker starts."""
+
+import pytest
+
+from helix_runtime.vllm_plugin import compat
+from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+HELIX = {"helix_mode": True}
+
+
+def test_helix_layout_is_admitted_with_a2a_as_default(engine_config):
+    config = engine_config(tensor_parallel_size=4, decode_context_parallel_size=2, helix=HELIX)
+    assert config.parallel_config.dcp_comm_backend == "a2a"
+    assert config.parallel_config.decode_context_parallel_size == 2
+
+
+def test_the_users_combine_is_kept(engine_config):
+    config = engine_config(
+        tensor_parallel_size=4, decode_context_parallel_size=2, dcp_comm_backend="ag_rs", helix=HELIX
+    )
+    assert config.parallel_config.dcp_comm_backend == "ag_rs"
+
+
+def test_standard_dcp_keeps_vllms_default(engine_config):
+    config = engine_config(
+        tensor_parallel_size=4, decode_context_parallel_size=2, helix={}, model={"num_key_value_heads": 2}
+    )
+    assert config.parallel_config.dcp_comm_backend == "ag_rs"
+
+
+def test_without_helix_vllm_itself_refuses_tpa_below_k(engine_config):
+    with pytest.raises(ValueError, match="greater than the model's total number of KV heads"):
+        engine_config(tensor_parallel_size=4, decode_context_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"tensor_parallel_size": 4}, "DCP > 1"),
+        ({"tensor_parallel_size": 4, "decode_context_parallel_size": 4}, "TPA=1"),
+        ({"tensor_parallel_size": 8, "decode_context_parallel_size": 2, "model": {"num_key_value_heads": 2}}, "TPA=4"),
+        (
+            {"tensor_parallel_size": 4, "decode_context_parallel_size": 2, "cp_kv_cache_interleave_size": 24},
+            "interleave",
+        ),
+    ],
+)
+def test_illegal_layouts_quote_their_rule(engine_config, arguments, sentence):
+    with pytest.raises(HelixRefusal) as refusal:
+        engine_config(helix=HELIX, **arguments)
+    assert sentence in str(refusal.value)
+    assert "legal here" in str(refusal.value)
+
+
+def test_tpa_1_needs_its_switch(engine_config):
+    layout = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
+    config = engine_config(helix={**HELIX, "allow_gqa_tpa1": True}, **layout)
+    assert config.parallel_config.decode_context_parallel_size == 4
+
+
+TP4_DCP2 = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"enable_lora": True}, "LoRA (--enable-lora)"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "a quantised KV cache (--kv-cache-dtype)"),
+        (
+            {"model": {"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}},
+            "sliding",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 4}},
+            "speculative decoding",
+        ),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+    ],
+)
+def test_unproved_features_are_refused_by_name(engine_config, arguments, named):
+    with pytest.raises(HelixRefusal) as refusal:
+        engine_config(helix=HELIX, **TP4_DCP2, **arguments)
+    assert named in str(refusal.value)
+    assert "without --helix-mode" in str(refusal.value)
+
+
+def test_an_architecture_off_the_list_is_refused_by_name(engine_config):
+    olmo2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    with pytest.raises(HelixRefusal, match=r"Olmo2ForCausalLM is not on Helix's list.*LlamaForCausalLM"):
+        engine_config(helix=HELIX, model=olmo2, **TP4_DCP2)
+
+
+def test_an_unsupported_version_is_refused(engine_config, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.19.1")
+    with pytest.raises(HelixRefusal, match=r"vLLM 0\.19\.1 is not supported.*supported: 0\.32\.0"):
+        engine_config(helix=HELIX, **TP4_DCP2)
+
+
+def test_a_local_version_of_a_supported_one_is_fine():
+    compat.check_version("0.32.0+cpu")
+
+
+def test_a_changed_hook_is_refused_before_any_patch(engine_config, monkeypatch):
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    def forward(self, query, key, value):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    with pytest.raises(HelixRefusal, match=r"changed .*Attention\.forward.*owned heads"):
+        engine_config(helix=HELIX, **TP4_DCP2)
+
+
+def test_a_vanished_hook_is_refused(engine_config, monkeypatch):
+    from vllm.v1.worker.block_table import BlockTable
+
+    monkeypatch.delattr(BlockTable, "compute_slot_mapping")
+    with pytest.raises(HelixRefusal, match="it is gone"):
+        engine_config(helix=HELIX, **TP4_DCP2)
