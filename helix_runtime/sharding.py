@@ -97,8 +97,9 @@ def slot_mapping(
 
     positions: integer [T], of each token in its own sequence; block_table: integer [R, max_blocks]; query_start_loc:
     integer [R + 1], the tokens `[query_start_loc[r], query_start_loc[r + 1])` belong to request r. Returns int64 [T]
-    (or fills `out`, which may be longer): PAD_SLOT for a token of another rank and for every token past the last
-    request. vLLM does the same in `vllm/v1/worker/block_table.py`, `ComputeSlotMappingKernel`.
+    (or fills `out`, which may be longer): PAD_SLOT for a token of another rank, for a negative position and for
+    every token past the last request. vLLM does the same in `vllm/v1/worker/block_table.py`
+    (`ComputeSlotMappingKernel`).
 
     Raises ValueError if `interleave` does not divide `block_size`, IndexError if a block table row is too short.
     """
@@ -113,7 +114,7 @@ def slot_mapping(
     counts = query_start_loc.diff().to(torch.int64)
     request = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
     positions = positions[: request.shape[0]].to(torch.int64)
-    mine = owner(positions, kvp, interleave) == kvp_rank
+    mine = (owner(positions, kvp, interleave) == kvp_rank) & (positions >= 0)
     index = local_index(positions[mine], kvp, interleave)
     block = block_table[request[mine], index // block_size].to(torch.int64)
     out[: request.shape[0]][mine] = block * block_size + index % block_size

@@ -14,7 +14,7 @@ from helix_runtime.sharding import local_lengths
 #: Bound on the scores held at a time, in bytes; a single query token may exceed it.
 SCORE_BYTES = 64 * 2**20
 #: Pure decode is batched, padded to the longest shard, while the keys gathered stay below this many bytes. Measured on
-#: one x86 core: 2 to 9 times faster than a loop over requests below it, up to 7 times slower well above it.
+#: one x86 core: 1.2 to 9 times as fast as a loop over requests below it, down to a seventh well above it.
 DECODE_BATCH_BYTES = 2 * 2**20
 
 

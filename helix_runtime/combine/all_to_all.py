@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from helix_runtime.combine.collectives import DIST, Collectives
-from helix_runtime.combine.merge import LseBase, accumulate_dtype, merge_partials, natural
+from helix_runtime.combine.merge import LseBase, accumulate_dtype, check_lse_dtype, merge_partials
 
 ALIGN = 16
 
@@ -46,7 +46,8 @@ class Message:
 
     @property
     def bytes(self) -> int:
-        return -(-self.used_bytes // ALIGN) * ALIGN
+        """At least ALIGN: an empty batch is exchanged like any other."""
+        return -(-max(self.used_bytes, 1) // ALIGN) * ALIGN
 
     def pack(self, output: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """uint8 [N, bytes] from output [B, H, D] and lse [B, H]: row i holds heads [i * H/N, (i + 1) * H/N)."""
@@ -85,14 +86,14 @@ def all_to_all_combine(
     Returns output [B, H/N, D] in the dtype of partial_output, and with `return_lse` also their merged lse [B, H/N],
     natural log, fp32 (fp64 for fp64 outputs). `merge` is given all members' partials of these heads, in group order.
 
-    Raises ValueError if H is not a multiple of N. Source: Helix paper (arXiv 2507.07120), section 2.1.1.
+    Raises ValueError if H is not a multiple of N, or for an lse below fp32. Source: Helix paper
+    (arXiv 2507.07120), section 2.1.1.
     """
     members = dist.get_world_size(group)
     heads = heads_per_member(partial_output, partial_lse, members)
-    natural(partial_lse, lse_base)
     message = Message(partial_output.shape[0], heads, partial_output.shape[2], partial_output.dtype)
-    if members == 1 or message.used_bytes == 0:
-        outputs, lses = partial_output[None, :, :heads], partial_lse[None, :, :heads]
+    if members == 1:
+        outputs, lses = partial_output[None], partial_lse[None]
     else:
         sent = message.pack(partial_output, partial_lse)
         received = torch.empty_like(sent)
@@ -103,10 +104,11 @@ def all_to_all_combine(
 
 
 def heads_per_member(partial_output: torch.Tensor, partial_lse: torch.Tensor, members: int) -> int:
-    """H / N. Raises ValueError if the shapes are not [B, H, D] and [B, H], or N does not divide H."""
+    """H / N. Raises ValueError unless shapes are [B, H, D] and [B, H], the lse is fp32 or fp64, and N divides H."""
     if partial_output.ndim != 3 or partial_output.shape[:2] != partial_lse.shape:
         shapes = f"{tuple(partial_output.shape)} and {tuple(partial_lse.shape)}"
         raise ValueError(f"partial output and lse are {shapes}, not [B, H, D] and [B, H]")
+    check_lse_dtype(partial_lse)
     if partial_output.shape[1] % members:
         raise ValueError(f"{partial_output.shape[1]} heads cannot be dealt to {members} group members: not a multiple")
     return partial_output.shape[1] // members

@@ -7,9 +7,22 @@ import torch.distributed as dist
 
 
 class Exchange(Protocol):
-    """A collective in the shape of `torch.distributed`'s single-tensor ones: fills `output` from all `input`s."""
+    """A collective that fills `output` from the `input`s of all members of `group`."""
 
     def __call__(self, output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> object: ...
+
+
+def all_to_all(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    dist.all_to_all_single(output, input, group=group)
+
+
+# The list forms: the single-tensor ones were renamed in torch 2.13, and the old names warn on every worker.
+def all_gather(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    dist.all_gather(list(output), input, group=group)
+
+
+def reduce_scatter(output: torch.Tensor, input: torch.Tensor, *, group: dist.ProcessGroup) -> None:
+    dist.reduce_scatter(output, list(input), group=group)
 
 
 class Collectives(NamedTuple):
@@ -20,9 +33,9 @@ class Collectives(NamedTuple):
     reduce_scatter: fp32 [N, B, H / N, D] summed over members into [B, H / N, D], row i for member i.
     """
 
-    all_to_all: Exchange = dist.all_to_all_single
-    all_gather: Exchange = dist.all_gather_into_tensor
-    reduce_scatter: Exchange = dist.reduce_scatter_tensor
+    all_to_all: Exchange = all_to_all
+    all_gather: Exchange = all_gather
+    reduce_scatter: Exchange = reduce_scatter
 
 
 DIST = Collectives()

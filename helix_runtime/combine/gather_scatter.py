@@ -26,22 +26,20 @@ def all_gather_reduce_scatter_combine(
     members, rank = dist.get_world_size(group), dist.get_rank(group)
     heads = heads_per_member(partial_output, partial_lse, members)
     tokens, _, head_dim = partial_output.shape
-    lse = natural(partial_lse, lse_base).to(accumulate_dtype(partial_output.dtype)).contiguous()
-    exchange = members > 1 and partial_output.numel() > 0
-
+    lse = natural(partial_lse, lse_base, accumulate_dtype(partial_output.dtype)).contiguous()
     lses = lse.new_empty(members, *lse.shape)
-    if exchange:
-        collectives.all_gather(lses, lse, group=group)
+    if members == 1:
+        lses[0] = lse
     else:
-        lses[:] = lse
+        collectives.all_gather(lses, lse, group=group)
     # The own row is read back from what was gathered, so that weight and sum come from the same numbers.
     merged_lse = merge_lses(lses)
     share = scale_partial(partial_output, lses[rank], merged_lse)
-    output = share.new_empty(tokens, heads, head_dim)
-    if exchange:
-        by_member = share.unflatten(1, (members, heads)).transpose(0, 1).contiguous()
-        collectives.reduce_scatter(output, by_member, group=group)
+    if members == 1:
+        output = share
     else:
-        output = share[:, :heads]
+        by_member = share.unflatten(1, (members, heads)).transpose(0, 1).contiguous()
+        output = share.new_empty(tokens, heads, head_dim)
+        collectives.reduce_scatter(output, by_member, group=group)
     output = output.to(partial_output.dtype)
     return (output, merged_lse[:, rank * heads : (rank + 1) * heads]) if return_lse else output

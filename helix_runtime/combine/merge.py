@@ -31,7 +31,7 @@ def merge_partials(outputs: torch.Tensor, lses: torch.Tensor, base: LseBase = "e
     if outputs.shape[:-1] != lses.shape or outputs.ndim != 4 or not len(lses):
         raise ValueError(f"outputs {tuple(outputs.shape)} and lses {tuple(lses.shape)} are not [N, B, H, D], [N, B, H]")
     accumulate = accumulate_dtype(outputs.dtype)
-    lses = natural(lses, base).to(accumulate)
+    lses = natural(lses, base, accumulate)
     top = _finite_top(lses)
     weights = (lses - top).exp()
     total = weights[0].clone()
@@ -58,13 +58,19 @@ def scale_partial(output: torch.Tensor, lse: torch.Tensor, merged_lse: torch.Ten
     return _weighted(output, lse, weight)
 
 
-def natural(lses: torch.Tensor, base: LseBase) -> torch.Tensor:
-    """`lses` as natural logarithms. Raises ValueError for another base than "e" or "2", or an lse below fp32."""
+def natural(lses: torch.Tensor, base: LseBase, dtype: torch.dtype) -> torch.Tensor:
+    """`lses` as natural logarithms of `dtype`. Raises ValueError for a base but "e" or "2", or an lse below fp32."""
     if base not in ("e", "2"):
         raise ValueError(f'lse base {base!r} is neither "e" nor "2"')
-    if lses.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"lse is {lses.dtype}; it must be fp32 or fp64, as rounding it rescales whole rows")
-    return lses * math.log(2.0) if base == "2" else lses
+    check_lse_dtype(lses)
+    lses = lses.to(torch.promote_types(lses.dtype, dtype))  # before the product, which would round
+    return (lses * math.log(2.0) if base == "2" else lses).to(dtype)
+
+
+def check_lse_dtype(lse: torch.Tensor) -> None:
+    """Raises ValueError unless the lse is fp32 or fp64."""
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lse is {lse.dtype}; it must be fp32 or fp64, as rounding it rescales whole rows")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
