@@ -19,7 +19,9 @@ class NotForced(Exception):
     """The server did not follow the imposed tokens: the comparison would be worthless."""
 
 
-def answer_all(server: Server, cell: Cell, workload: Workload, dtype: str, follow: Transcript | None = None) -> Transcript:
+def answer_all(
+    server: Server, cell: Cell, workload: Workload, dtype: str, follow: Transcript | None = None
+) -> Transcript:
     """Ask every prompt of `workload`. `follow` imposes that transcript's tokens, position by position.
 
     A request that the living server refuses or breaks off becomes an answer without steps. Raises ServerFailed when

@@ -63,7 +63,9 @@ def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
     )
 
 
-def make_workload(tp: int, block: int, vocab: int, max_model_len: int, profile: str = "standard", seed: int = 0) -> Workload:
+def make_workload(
+    tp: int, block: int, vocab: int, max_model_len: int, profile: str = "standard", seed: int = 0
+) -> Workload:
     """Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything."""
     if profile not in BUDGETS:
         raise KeyError(f"no workload {profile!r}; there are: {', '.join(sorted(BUDGETS))}")

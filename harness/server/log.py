@@ -44,6 +44,8 @@ _CAUSES = (
 _ERROR_LINE = re.compile(
     r"^(?:\([^)]*\)\s*)?(?:\S+ [\d-]+ [\d:]+ \[[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$"
 )
+#: Errors that only wrap the one below them.
+_WRAPPERS = ("See root cause above", "Worker failed with error", "WorkerProc initialization failed")
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -67,7 +69,8 @@ def explain(text: str, status: int | None) -> Failure:
             return Failure(cause=cause, reason=found[-1], log_tail=tail(text))
     if status == 137:
         return Failure(cause=Cause.OUT_OF_MEMORY, reason="killed by SIGKILL (137)", log_tail=tail(text))
-    said = errors[-1] if errors else next((line for line in reversed(text.splitlines()) if line.strip()), "empty log")
+    roots = [error for error in errors if not any(wrapper in error for wrapper in _WRAPPERS)] or errors
+    said = roots[-1] if roots else next((line for line in reversed(text.splitlines()) if line.strip()), "empty log")
     return Failure(cause=Cause.OTHER, reason=f"exit status {status}: {said}", log_tail=tail(text))
 
 

@@ -1,5 +1,6 @@
 """A server as local processes: start, health, teardown."""
 
+import contextlib
 import secrets
 import subprocess
 import sys
@@ -95,26 +96,16 @@ class Server:
         guard = self._guard
         if guard is None or guard.stdin is None:
             return
-        with self._lock:
-            if not guard.stdin.closed:
-                try:
-                    guard.stdin.write(b"kill\n" if now else b"stop\n")
-                    guard.stdin.flush()
-                    if now:
-                        guard.stdin.close()
-                except (BrokenPipeError, ValueError):
-                    pass
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):  # the guard is gone, or was told before
+            guard.stdin.write(b"kill\n" if now else b"stop\n")
+            guard.stdin.flush()
         try:
             guard.wait(self.limits.stop + 15)
         except subprocess.TimeoutExpired:
             guard.kill()
             guard.wait()
-        with self._lock:
-            if not guard.stdin.closed:
-                try:
-                    guard.stdin.close()
-                except BrokenPipeError:
-                    pass
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            guard.stdin.close()
 
     def __enter__(self) -> "Server":
         return self.start()
