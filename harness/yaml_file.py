@@ -44,10 +44,12 @@ class Document:
     node: yaml.Node
 
     def problem(self, location: Sequence[str | int], message: str) -> Problem:
-        """A problem at `location` (keys and indices). Steps that are not in the file, such as the index of a value
-        that was written without a list, end the walk at the last line that is."""
+        """A problem at `location` (keys and indices). The index of a value that was written without a list is left
+        out; any other step that is not in the file ends the walk at the last line that is."""
         node, line, field = self.node, self.node.start_mark.line, ""
         for step in location:
+            if isinstance(step, int) and not isinstance(node, yaml.SequenceNode):
+                continue
             found = _child(node, step)
             if found is None:
                 break
