@@ -1,14 +1,17 @@
 """Partial attention: attention over one rank's shard of the KV cache, with the log-sum-exp that a combine needs.
 
-`reference` is the plain torch implementation; our CPU backends run it. Each CUDA backend adds a file of its own.
+`reference` is the plain torch implementation, which our CPU backends run; `paged` reads the cache for it. Each CUDA
+backend adds a file of its own.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 
+from helix_runtime.attention.paged import split_cpu_kv_cache
+from helix_runtime.attention.reference import ReferenceAttention, dense_attention_fp64, paged_partial_attention
 
-@runtime_checkable
+
 class PartialAttention(Protocol):
     """One backend's attention over the local shard of a paged, interleaved KV cache.
 
@@ -44,13 +47,6 @@ class PartialAttention(Protocol):
         """
         ...
 
-
-from helix_runtime.attention.reference import (  # noqa: E402  (the Protocol is what a reader looks for first)
-    ReferenceAttention,
-    dense_attention_fp64,
-    paged_partial_attention,
-    split_cpu_kv_cache,
-)
 
 __all__ = [
     "PartialAttention",

@@ -5,17 +5,14 @@ on global positions: the query at position p sees those local keys whose global 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from helix_runtime.attention.paged import PagedShard, split_cpu_kv_cache
 from helix_runtime.sharding import local_lengths
 
 #: Bound on the scores held at a time, in bytes; a single query token may exceed it.
 SCORE_BYTES = 64 * 2**20
-#: Pure decode is batched, padded to the longest shard, while the keys gathered stay below this many bytes. Measured on
-#: one x86 core: 1.2 to 9 times as fast as a loop over requests below it, down to a seventh well above it.
-DECODE_BATCH_BYTES = 2 * 2**20
 
 
 def paged_partial_attention(
@@ -66,7 +63,7 @@ def paged_partial_attention(
     elif causal:  # a key past the last query is hidden anyway
         local_seq_lens = torch.minimum(local_seq_lens, visible)
     starts, lengths, counts = query_start_loc.tolist(), seq_lens.tolist(), local_seq_lens.tolist()
-    shard = _Shard(key_cache, value_cache, block_table, accumulate)
+    shard = PagedShard(key_cache, value_cache, block_table, accumulate)
 
     if shard.fits_one_batch(starts, counts):
         # One new token a request, at the last position: it sees every local key, so the lengths are the whole mask.
@@ -155,16 +152,6 @@ class ReferenceAttention:
         )
 
 
-def split_cpu_kv_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value views [blocks, Hkv, block_size, D] of vLLM's CPU cache [blocks, Hkv, block_size, 2 * D].
-
-    A block of a head holds block_size keys, then block_size values (`vllm/v1/attention/backends/cpu_attn.py`).
-    """
-    blocks, kv_heads, block_size, _ = kv_cache.shape
-    key_cache, value_cache = kv_cache.view(blocks, kv_heads, 2 * block_size, -1).chunk(2, dim=2)
-    return key_cache, value_cache
-
-
 def dense_attention_fp64(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -212,52 +199,3 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     output = (weights @ values) / total.masked_fill(total == 0, 1.0)
     return output, (top + total.log()).squeeze(-1)
-
-
-class _Shard(NamedTuple):
-    """The paged cache of one rank, and how requests are read from it: blocks are gathered, the cache stays."""
-
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    block_table: torch.Tensor
-    accumulate: torch.dtype
-
-    def fits_one_batch(self, starts: list[int], counts: list[int]) -> bool:
-        """Whether this is pure decode, small enough to pad all requests to the longest."""
-        if len(counts) < 2 or not any(counts) or starts != list(range(len(starts))):
-            return False
-        _, kv_heads, _, width = self.key_cache.shape
-        return len(counts) * max(counts) * kv_heads * width * self.accumulate.itemsize <= DECODE_BATCH_BYTES
-
-    def gather(self, request: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [Hkv, count, D] and values [Hkv, count, Dv] of one request."""
-        blocks = self._blocks(count)[request]
-        keys, values = self._read(blocks)
-        return tuple(part.transpose(0, 1).flatten(1, 2)[:, :count] for part in (keys, values))
-
-    def gather_batch(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys [R, Hkv, L, D], values [R, Hkv, L, Dv], and hidden [R, 1, 1, L], L the longest shard."""
-        blocks = self._blocks(max(counts))[: len(counts)]
-        keys, values = self._read(blocks.flatten())
-        longest = max(counts)
-        keys, values = (
-            part.unflatten(0, blocks.shape).transpose(1, 2).flatten(2, 3)[:, :, :longest] for part in (keys, values)
-        )
-        hidden = torch.arange(longest, device=keys.device) >= torch.tensor(counts, device=keys.device)[:, None]
-        # Past a request's end lie stale blocks, perhaps NaN, and 0 * NaN is NaN: a weight of 0 is not enough.
-        values.masked_fill_(hidden[:, None, :, None], 0.0)
-        return keys, values, hidden[:, None, None, :]
-
-    def _blocks(self, count: int) -> torch.Tensor:
-        block_size = self.key_cache.shape[2]
-        needed, there = -(-count // block_size), self.block_table.shape[1]
-        if needed > there:
-            raise ValueError(f"{count} local tokens need {needed} blocks of {block_size}, the block table has {there}")
-        return self.block_table[:, :needed].to(torch.int64)
-
-    def _read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.key_cache.index_select(0, blocks).to(self.accumulate)
-        key, value = self.key_cache, self.value_cache
-        if value.data_ptr() == key.data_ptr() and value.stride() == key.stride():  # MLA: values lie within the keys
-            return keys, keys[..., : value.shape[3]]
-        return keys, value.index_select(0, blocks).to(self.accumulate)

@@ -1,6 +1,8 @@
 """Partial attention over paged shards: hand-computed values, edges, dtypes, layouts."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helix_runtime.attention import (
     PartialAttention,
     ReferenceAttention,
     dense_attention_fp64,
+    paged,
     paged_partial_attention,
     reference,
     split_cpu_kv_cache,
@@ -147,7 +150,7 @@ def test_batched_decode_is_the_loop(monkeypatch):
     for rank in range(3):
         batched = partial(batch, kvp=3, rank=rank, interleave=2)
         with monkeypatch.context() as context:
-            context.setattr(reference, "DECODE_BATCH_BYTES", 0)
+            context.setattr(paged, "DECODE_BATCH_BYTES", 0)
             looped = partial(batch, kvp=3, rank=rank, interleave=2)
         for one, other in zip(batched, looped, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
@@ -212,8 +215,7 @@ def test_the_cache_is_never_copied_whole():
 
 def test_the_interface_is_the_function_on_the_cpu_layout():
     batch = Batch.random(10, [9, 4], [3, 1])
-    attention = ReferenceAttention(kvp=2, kvp_rank=1, interleave=2, scale=batch.scale, softcap=3.0)
-    assert isinstance(attention, PartialAttention)
+    attention: PartialAttention = ReferenceAttention(kvp=2, kvp_rank=1, interleave=2, scale=batch.scale, softcap=3.0)
     found = attention.partial(
         batch.query,
         batch.kv_cache(2, 1, 2, 4),
@@ -239,3 +241,12 @@ def test_inputs_that_do_not_fit_are_refused():
             torch.zeros(1, 4, 8), keys, values, torch.tensor([[1]]), torch.tensor([0, 1]), torch.tensor([5]),
             kvp=1, kvp_rank=0, scale=1.0,
         )  # fmt: skip
+
+
+def test_attention_and_combine_import_without_vllm():
+    program = """
+import sys
+sys.modules["vllm"] = None  # importing vLLM now fails
+import helix_runtime.attention, helix_runtime.combine, helix_runtime.sharding
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
