@@ -3,9 +3,10 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from harness.frozen import Frozen, content_hash
 from harness.verdict import Verdict
@@ -50,6 +51,10 @@ class Cell(Frozen):
     fault: str | None = None
     expect: Verdict | None = None
     why: str | None = None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Cell":
+        """A validated copy. Pydantic's own would carry the cached `key` and `id` of this cell over to the changed one."""
+        return Cell.model_validate({**self.model_dump(), **(update or {})})
 
     @property
     def baseline(self) -> bool:

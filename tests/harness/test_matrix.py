@@ -78,6 +78,14 @@ def test_helix_options_reach_the_command_as_json():
     assert json.loads(command[command.index("--additional-config") + 1]) == {"helix": {"allow_gqa_tpa1": True}}
 
 
+def test_a_changed_copy_of_a_cell_has_a_key_and_an_id_of_its_own():
+    (cell,) = cells(suite())
+    faulty = cell.model_copy(update={"fault": "swap"})
+    assert cell.key != faulty.key
+    assert faulty.id == f"{cell.id}/fault=swap"
+    assert faulty.model_copy(update={"fault": None}) == cell
+
+
 def test_a_baseline_is_added_before_its_cells_and_once():
     plan = expand([suite(interleave=[1, 16], serve={"seed": 3})], [CPU])
     base, first, second = plan
