@@ -1,0 +1,89 @@
+"""The run for other programs: `results.json` with a published schema, and a CSV."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from harness.frozen import Frozen
+from harness.report.run import Run
+from harness.report.square import Square, matrices
+from harness.report.text import clean
+from harness.result import CellResult
+from harness.verdict import Effect
+
+SCHEMA = 1
+SCHEMA_FILE = Path(__file__).parent.parent / "schemas" / f"results-v{SCHEMA}.json"
+
+
+class Entry(Frozen):
+    """One cell: its names, its part in the exit status, and the whole record of the ledger."""
+
+    id: str
+    key: str
+    kind: Literal["GQA", "MLA"]
+    effect: Effect
+    result: CellResult
+
+
+class Results(Frozen):
+    """`results.json`. Numbers that JSON cannot hold (NaN, infinities) are null."""
+
+    schema_version: Literal[1] = SCHEMA
+    run: str
+    started: str
+    ended: str
+    hardware: tuple[str, ...]
+    argv: tuple[str, ...]
+    exit_status: int
+    counts: dict[str, int]
+    matrix: tuple[Square, ...]
+    cells: tuple[Entry, ...]
+    unfinished: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def results_json(run: Run, table: pd.DataFrame) -> str:
+    by_id = {result.cell.id: result for result in run.results}
+    kinds = dict(zip(table["id"], table["kind"], strict=True))
+    value = Results(
+        run=run.name,
+        started=run.started,
+        ended=run.ended,
+        hardware=run.hardware,
+        argv=run.argv,
+        exit_status=run.exit_status,
+        counts={str(verdict): int(count) for verdict, count in table["verdict"].value_counts().items()},
+        matrix=tuple(square for matrix in matrices(table, by_id) for square in matrix.squares),
+        cells=tuple(
+            Entry(id=cell_id, key=result.cell.key, kind=kinds[cell_id], effect=result.effect, result=result)
+            for cell_id, result in by_id.items()
+        ),
+        unfinished=run.unfinished,
+        left_out=run.left_out,
+    )
+    return value.model_dump_json() + "\n"
+
+
+def results_csv(table: pd.DataFrame) -> str:
+    text = table.map(lambda value: clean(value) if isinstance(value, str) else value)
+    return text.rename(columns=clean).to_csv(index=False, lineterminator="\n")
+
+
+def schema() -> str:
+    """The JSON Schema of `results.json`; `python -m harness.report.machine` writes it to its file."""
+    found = Results.model_json_schema(mode="serialization")
+    for definition, fields in {"Statistic": ("value", "bound"), "Phase": ("seconds",)}.items():
+        for field in fields:  # a NaN or an infinity is written as null
+            found["$defs"][definition]["properties"][field]["type"] = ["number", "null"]
+            found["$defs"][definition]["properties"][field].pop("anyOf", None)
+    pair = found["$defs"]["Difference"]["properties"]
+    for side in ("baseline", "candidate"):
+        pair[side]["items"]["prefixItems"][1]["type"] = ["number", "null"]
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(found, indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(schema())

@@ -1,0 +1,59 @@
+"""The run as Markdown, for a pull request or a CI page."""
+
+import re
+
+import pandas as pd
+
+from harness.report.page import headline, lede
+from harness.report.run import Run
+from harness.report.square import COLUMNS, Matrix, Square, matrices, severity
+from harness.report.text import clean, plural
+from harness.result import CellResult
+from harness.verdict import TABLE, Effect
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
+_LISTED = 20
+
+
+def summary(run: Run, table: pd.DataFrame) -> str:
+    """Headline, matrix, and what differs. Text of the ledger is escaped: it makes no link, mention or table cell."""
+    results = {result.cell.id: result for result in run.results}
+    parts = [f"## Helix: {headline(run)}", f"{lede(run)} Run {plain(run.name)}, exit status {run.exit_status}."]
+    parts += [_matrix(matrix) for matrix in matrices(table, results)]
+    for title, effect in (("What differs, and why", Effect.DIFFERS), ("Could not be judged", Effect.INFRASTRUCTURE)):
+        found = sorted(run.with_effect(effect), key=lambda result: severity(result.declared, result.verdict))
+        if found:
+            more = [f"- and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
+            parts.append("\n".join([f"### {title}", "", *map(_line, found[:_LISTED]), *more]))
+    if run.left_out or run.unfinished:
+        said = [plural(len(run.left_out), "ledger record") + " could not be used"] if run.left_out else []
+        said += [plural(len(run.unfinished), "planned cell") + " without a result"] if run.unfinished else []
+        parts.append(f"Left out: {'; '.join(said)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(text: str) -> str:
+    """`text` as one line of Markdown that means nothing but itself."""
+    line = " ".join(clean(text).split())
+    return _SPECIAL.sub(r"\\\1", line).replace("@", "@\u200b").replace("://", ":\u200b//")
+
+
+def _matrix(matrix: Matrix) -> str:
+    heads = [f"{plain(name)}: {column}" for name in matrix.hardware for column in COLUMNS]
+    lines = [f"| {matrix.kind} backend | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    lines += [f"| {plain(backend)} | " + " | ".join(map(_square, line)) + " |" for backend, line in matrix.rows]
+    return "\n".join(lines)
+
+
+def _square(square: Square | None) -> str:
+    if square is None:
+        return ""
+    said = f"{TABLE[square.verdict].symbol} {square.verdict}, {plain(square.note)}"
+    return f"**{said}, {square.standing}**" if square.disagrees else said
+
+
+def _line(result: CellResult) -> str:
+    return (
+        f"- {TABLE[result.verdict].symbol} **{result.verdict}** (declared {result.declared}) "
+        f"{plain(result.cell.id)}: {plain(result.reason[:500])}"
+    )

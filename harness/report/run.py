@@ -1,0 +1,146 @@
+"""One run as its ledger tells it: the last result of every cell, and, said aloud, everything that was left out."""
+
+import json
+import math
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness.frozen import Frozen
+from harness.report.text import clean
+from harness.result import CellResult
+from harness.verdict import Effect, exit_status
+
+LEDGER = "ledger.ndjson"
+
+
+class Run(Frozen):
+    """What a report is drawn from. `left_out` holds one sentence for each record that could not be used."""
+
+    name: str
+    started: str = ""  # ISO 8601, UTC, as written
+    ended: str = ""  # empty: the run is going on, or was cut off
+    hardware: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+    results: tuple[CellResult, ...] = ()
+    earlier: dict[str, tuple[CellResult, ...]] = {}  # cell id -> results that a later one in this ledger replaced
+    unfinished: tuple[str, ...] = ()  # ids that were planned or started and have no result
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def exit_status(self) -> int:
+        return exit_status([(result.declared, result.verdict) for result in self.results])
+
+    def with_effect(self, effect: Effect) -> tuple[CellResult, ...]:
+        return tuple(result for result in self.results if result.effect is effect)
+
+
+def load(run_dir: Path) -> Run:
+    """Read `run_dir/ledger.ndjson`. Never raises on its content; a missing ledger is a run without results."""
+    events, left_out = read_events(run_dir / LEDGER)
+    start: dict = {}
+    ended = ""
+    started_cells: list[str] = []
+    by_id: dict[str, list[CellResult]] = {}
+    for where, event in events:
+        match event.get("event"):
+            case "run-start":
+                start = {**start, **event}
+                started_cells += _strings(event.get("planned"))
+            case "cell-start":
+                started_cells += _strings(event.get("id") or event.get("cell"))
+            case "run-end":
+                ended = str(event.get("time") or "at an unknown time")
+            case "result":
+                try:
+                    result = parse_result(event.get("result"))
+                    by_id.setdefault(result.cell.id, []).append(result)
+                except ValueError as problem:
+                    left_out.append(f"{where}: {_named(event)}{problem}")
+            case kind:
+                left_out.append(f"{where}: unknown event {str(kind)[:80]!r}")
+    return Run(
+        name=_text(start.get("run")) or run_dir.name,
+        started=_text(start.get("time")),
+        ended=_text(ended),
+        hardware=tuple(_strings(start.get("hardware"))),
+        argv=tuple(_strings(start.get("argv"))),
+        results=tuple(results[-1] for results in by_id.values()),
+        earlier={cell_id: tuple(results[:-1]) for cell_id, results in by_id.items() if len(results) > 1},
+        unfinished=tuple(dict.fromkeys(cell_id for cell_id in started_cells if cell_id not in by_id)),
+        left_out=tuple(clean(sentence) for sentence in left_out),
+    )
+
+
+def read_events(path: Path) -> tuple[list[tuple[str, dict]], list[str]]:
+    """(place, event) pairs of a ledger, and one sentence for each line that is no event."""
+    events, left_out = [], []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as problem:
+        return [], [f"no ledger: {problem.strerror or problem}"]
+    for index, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        last = index == len(lines)  # no newline after it: the writer was cut off
+        try:
+            event = json.loads(line.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            left_out.append(f"line {index}: " + ("torn last line" if last else "not JSON"))
+            continue
+        if isinstance(event, dict):
+            events.append((f"line {index}", event))
+        else:
+            left_out.append(f"line {index}: not an event")
+    return events, left_out
+
+
+def parse_result(record: object) -> CellResult:
+    """A result from its JSON value. `null` numbers of the oracle read as NaN, unpaired surrogates as U+FFFD.
+
+    Raises ValueError with the first field that does not fit.
+    """
+    try:
+        return CellResult.model_validate(record)
+    except (ValidationError, RecursionError):
+        pass
+    try:
+        return CellResult.model_validate(_mended(record))
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "record"
+        raise ValueError(f"result does not fit this version: {field}: {first['msg']}") from problem
+    except RecursionError as problem:
+        raise ValueError("result is nested too deeply") from problem
+
+
+def _mended(value: object, field: str = "") -> object:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode() if not value.isascii() else value
+    if isinstance(value, dict):
+        return {_mended(key): _mended(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return math.nan if value is None and field in ("value", "seconds") else value
+
+
+def _named(event: dict) -> str:
+    """The cell's name, where an unreadable record still tells it."""
+    result = event.get("result")
+    cell = result.get("cell") if isinstance(result, dict) else None
+    if not isinstance(cell, dict):
+        return ""
+    parts = [str(cell[name])[:60] for name in ("hardware", "mode", "backend", "model") if name in cell]
+    return f"{'/'.join(parts)}: " if parts else ""
+
+
+def _strings(value: object) -> list[str]:
+    if value is None:
+        return []
+    return [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict) and isinstance(value.get("id") or value.get("name"), str):
+        value = value.get("id") or value.get("name")
+    return "" if value is None else clean(str(value))

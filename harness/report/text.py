@@ -1,0 +1,60 @@
+"""Text on its way into a page, an XML file or a shell: logs and model output are hostile until they passed here."""
+
+import base64
+import glob
+import re
+import shlex
+import zlib
+from urllib.parse import quote
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+#: What XML 1.0 forbids, what only a terminal should see, and the controls that reorder text for the reader.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+
+
+def clean(text: str) -> str:
+    """`text` without terminal escapes; every other control, bidi or unpaired character becomes U+FFFD.
+
+    Line ends become `\\n`. What is left is legal in HTML, XML 1.0 and UTF-8.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL.sub("�", text)
+
+
+def fragment(**fields: str) -> str:
+    """A URL fragment without `#`: `mode=helix&hardware=cpu`. The page's script and its element ids use the same."""
+    return "&".join(f"{name}={quote(clean(value), safe='/:@!,;$')}" for name, value in fields.items())
+
+
+def rerun(cell_id: str) -> str:
+    """The line that runs just this cell again: safe to paste into a shell, and matching this cell only."""
+    return f"./test_helix.sh --cell {shlex.quote(glob.escape(cell_id))}"
+
+
+def packed(text: str) -> str:
+    """`text` as base64 of raw deflate, which a browser's `DecompressionStream('deflate-raw')` opens."""
+    squeeze = zlib.compressobj(6, zlib.DEFLATED, -15)
+    return base64.b64encode(squeeze.compress(clean(text).encode()) + squeeze.flush()).decode()
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def number(value: float) -> str:
+    """A number for a reader: four significant digits, thousands grouped, `nan` and `inf` by name."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {int(value % 60)} s"
