@@ -103,6 +103,27 @@ SURFACE: tuple[Surface, ...] = (
         platform="cpu",
     ),
     Surface(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl._forward_with_dcp",
+        (
+            "self", "query", "key", "value", "key_cache", "value_cache", "output", "attn_metadata", "q_descale",
+            "k_descale", "v_descale",
+        ),
+        "FLASH_ATTN",
+        platform="cuda",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "FLASH_ATTN",
+        platform="cuda",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.__init__",
+        ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+        "FLASH_ATTN",
+        platform="cuda",
+    ),
+    Surface(
         "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
         ("self", "num_reqs", "query_start_loc", "positions"),
         "CPU slot mapping",

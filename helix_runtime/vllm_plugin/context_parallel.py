@@ -1,57 +1,53 @@
 """What one worker needs to merge its partials with those of its KVP group, in one value shared by all its layers."""
 
-import torch
-import torch.distributed as dist
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from helix_runtime.combine import COMBINES
-from helix_runtime.combine.collectives import DIST
+import torch
+
 from helix_runtime.layout import Layout
 from helix_runtime.proof import ProofWriter
 from helix_runtime.vllm_plugin.faults import Fault
 
 
+@dataclass
 class ContextParallel:
     """This rank's place in its KVP group, the combine, and the counters that prove both were used.
 
-    `comm` is vLLM's `--dcp-comm-backend`: `a2a` or `ag_rs`. `fault` is harmless unless a deliberate defect is armed.
+    comm: vLLM's `--dcp-comm-backend`, `a2a` or `ag_rs`. combine: partials [B, H, D] and [B, H] (natural log, fp32) of
+    this shard -> merged output [B, H / KVP, D] of the heads this rank owns; combine_name: the function behind it.
+    counts_tokens: also count tokens written, which on a GPU costs a synchronisation a layer. fault: harmless unless a
+    deliberate defect is armed.
     """
 
-    def __init__(
-        self, layout: Layout, rank: int, comm: str, interleave: int, group: dist.ProcessGroup, proof: ProofWriter
-    ):
-        self.layout = layout
-        self.rank = rank
-        self.kvp_rank = layout.kvp_rank(rank)
-        self.comm = comm
-        self.interleave = interleave
-        self.group = group
-        self.proof = proof
-        self.fault = Fault()
+    layout: Layout
+    rank: int
+    comm: str
+    interleave: int
+    proof: ProofWriter
+    make_combine: Callable[["ContextParallel"], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
+    combine_name: str
+    counts_tokens: bool
+    fault: Fault = field(default_factory=Fault)
+
+    def __post_init__(self):
+        self.combine = self.make_combine(self)
 
     @property
     def kvp(self) -> int:
         return self.layout.kvp
 
     @property
+    def kvp_rank(self) -> int:
+        return self.layout.kvp_rank(self.rank)
+
+    @property
     def helix(self) -> bool:
         return self.layout.mode.startswith("helix")
 
-    @property
-    def combine_name(self) -> str:
-        function = COMBINES[self.comm]
-        return f"{function.__module__}.{function.__qualname__}"
 
-    def combine(self, partial_output: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
-        """Partials [B, H, D] and [B, H] (natural log) of this shard -> merged output [B, H / KVP, D] of owned heads."""
-        partial_output, partial_lse = self.fault.partial(partial_output, partial_lse, self.kvp_rank)
-        return COMBINES[self.comm](
-            partial_output,
-            partial_lse,
-            self.group,
-            lse_base=self.fault.lse_base,
-            collectives=self.fault.collectives(DIST),
-        )
-
+#: Names in reports of implementations of ours, which inside vLLM keep the name of the stock backend they extend.
+BACKEND_NAMES = {"HelixCPUAttentionImpl": "HELIX_CPU"}
 
 _current: ContextParallel | None = None
 

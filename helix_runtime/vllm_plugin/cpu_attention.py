@@ -21,8 +21,6 @@ from helix_runtime.sharding import local_lengths
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
 
-NAME = "HELIX_CPU"
-
 
 def install() -> None:
     patch("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", _get_attn_backend_cls)

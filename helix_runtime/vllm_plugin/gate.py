@@ -11,6 +11,7 @@ Remove when: vLLM verifies Helix layouts itself.
 import copy
 
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
+from helix_runtime.vllm_plugin import share_gpu
 from helix_runtime.vllm_plugin.architectures import GQA, attention_constructor
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
 from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_unproved
@@ -63,17 +64,28 @@ def admit(config, options: HelixOptions) -> Layout:
             "MLA models are not served with context parallelism by this version of the plugin; "
             f"allowed: GQA models of {', '.join(sorted(GQA))}"
         )
-    if not current_platform.is_cpu() and options.helix_mode:
-        raise HelixRefusal(
-            "Helix GQA has been proved on vLLM's CPU platform only; on this device no cell has passed yet. "
-            "Start without --helix-mode"
-        )
+    if options.share_gpu:
+        share_gpu.admit(config)
+    if not current_platform.is_cpu() and parallel.decode_context_parallel_size > 1:
+        _admit_on_cuda(config)
     if options.helix_mode:
         if parallel.dcp_comm_backend is None:
             parallel.set_dcp_defaults(comm_backend="a2a")
         patch("vllm.config.model:ModelConfig.verify_with_parallel_config", _verify_with_parallel_config)
         model.__dict__["_helix_layout"] = layout
     return layout
+
+
+def _admit_on_cuda(config) -> None:
+    """What is proved on CUDA so far: FLASH_ATTN, without CUDA graphs. Raises HelixRefusal for the rest."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    backend = config.attention_config.backend
+    if backend is not AttentionBackendEnum.FLASH_ATTN:
+        asked = "the backend that vLLM would choose" if backend is None else backend.name
+        raise HelixRefusal(f"no cell has proved Helix with {asked} on CUDA; add --attention-backend FLASH_ATTN")
+    if not config.model_config.enforce_eager:
+        raise HelixRefusal("no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager")
 
 
 def layout_of(config, options: HelixOptions) -> Layout:

@@ -14,12 +14,14 @@ class HelixOptions:
     helix_mode: Helix parallelism (what `--helix-mode` sets). False with the key present: standard DCP, with our
         LSE-returning CPU backend where vLLM has none, and with the proof of path.
     allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
+    share_gpu: all ranks on one GPU, for validation on a machine that has one (`share_gpu.py`).
     proof_dir: folder for each worker's proof of path; None writes none.
     fault: name of a deliberate defect (`faults.py`), for the oracle's own test.
     """
 
     helix_mode: bool = False
     allow_gqa_tpa1: bool = False
+    share_gpu: bool = False
     proof_dir: str | None = None
     fault: str | None = None
 

@@ -8,7 +8,7 @@ import torch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
-_TOKENS, _HEADS_EACH, _HEAD_DIM = 3, 2, 8
+_TOKENS, _HEADS_EACH, _HEAD_DIM = 3, 2, 64
 
 
 def tagged_partial(kvp_rank: int, kvp: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ Remove when: a general plugin is handed the configuration.
 """
 
 from helix_runtime.proof import ProofWriter, RankProof
+from helix_runtime.vllm_plugin import share_gpu
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
 
@@ -20,6 +21,8 @@ def _init(original):
     def __init__(self, vllm_config, local_rank, rank, *args, **kwargs):
         original(self, vllm_config, local_rank, rank, *args, **kwargs)
         options = helix_options(vllm_config.additional_config)
+        if options is not None and options.share_gpu:
+            share_gpu.install()
         if options is not None and vllm_config.parallel_config.decode_context_parallel_size > 1:
             activate(vllm_config, options, rank)
 
@@ -27,7 +30,7 @@ def _init(original):
 
 
 def activate(config, options: HelixOptions, rank: int) -> None:
-    """Patch this process for one rank: CPU backend and slot mapping, and for Helix the TPA scope and owned heads."""
+    """Patch this process for one rank: its backend, and for Helix the TPA scope and owned heads."""
     from vllm.platforms import current_platform
 
     from helix_runtime.vllm_plugin import owned_heads, tpa_scope
@@ -40,6 +43,10 @@ def activate(config, options: HelixOptions, rank: int) -> None:
 
         cpu_attention.install()
         slot_mapping.install()
+    else:
+        from helix_runtime.vllm_plugin import flash_attention
+
+        flash_attention.install()
     if options.helix_mode:
         view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
         tpa_scope.install(attention_constructor(config.model_config.architecture), view)
@@ -49,20 +56,24 @@ def activate(config, options: HelixOptions, rank: int) -> None:
 
 def _load_model(original, options: HelixOptions, layout):
     def load_model(self, *args, **kwargs):
-        from vllm.distributed.parallel_state import get_dcp_group
+        from vllm.platforms import current_platform
 
         from helix_runtime.vllm_plugin.context_parallel import ContextParallel, set_current
+        from helix_runtime.vllm_plugin.exchange import combine_of
         from helix_runtime.vllm_plugin.faults import make_fault
         from helix_runtime.vllm_plugin.self_test import self_test
 
-        parallel = self.vllm_config.parallel_config
+        parallel, cpu = self.vllm_config.parallel_config, current_platform.is_cpu()
+        make_combine, combine_name = combine_of(parallel.dcp_comm_backend, cpu)
         context = ContextParallel(
-            layout,
-            self.rank,
-            parallel.dcp_comm_backend,
-            parallel.cp_kv_cache_interleave_size,
-            get_dcp_group().device_group,
-            ProofWriter(options.proof_dir, self.rank),
+            layout=layout,
+            rank=self.rank,
+            comm=parallel.dcp_comm_backend,
+            interleave=parallel.cp_kv_cache_interleave_size,
+            proof=ProofWriter(options.proof_dir, self.rank),
+            make_combine=make_combine,
+            combine_name=combine_name,
+            counts_tokens=cpu or options.share_gpu,
         )
         set_current(context)
         original(self, *args, **kwargs)
@@ -91,7 +102,7 @@ def rank_proof(worker, context) -> RankProof:
         kvp_rank=group.rank_in_group,
         tpa_rank=layout.tpa_rank(context.rank),
         helix=context.helix,
-        backend=", ".join(sorted(_backend_name(impl) for impl in impls)),
+        backend=", ".join(sorted({_backend_name(layer) for layer in layers.values()})),
         impl=", ".join(sorted(f"{impl.__module__}.{impl.__qualname__}" for impl in impls)),
         combine=context.comm,
         combine_impl=context.combine_name,
@@ -105,7 +116,8 @@ def rank_proof(worker, context) -> RankProof:
     )
 
 
-def _backend_name(impl: type) -> str:
-    from helix_runtime.vllm_plugin import cpu_attention
+def _backend_name(layer) -> str:
+    """vLLM's name of a layer's backend, or ours where vLLM's closed list has no name for it."""
+    from helix_runtime.vllm_plugin.context_parallel import BACKEND_NAMES
 
-    return cpu_attention.NAME if issubclass(impl, cpu_attention.HelixCPUAttentionImpl) else impl.__name__
+    return BACKEND_NAMES.get(type(layer.impl).__qualname__, layer.attn_backend.get_name())

@@ -30,4 +30,4 @@ def test_mistakes_name_the_option_and_the_allowed_ones(given, named):
     with pytest.raises(HelixRefusal) as refusal:
         helix_options({"helix": given})
     assert named in str(refusal.value)
-    assert "allowed: helix_mode (bool), allow_gqa_tpa1 (bool)" in str(refusal.value)
+    assert "allowed: helix_mode (bool), allow_gqa_tpa1 (bool), share_gpu (bool)" in str(refusal.value)

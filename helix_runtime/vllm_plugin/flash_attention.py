@@ -1,0 +1,123 @@
+"""Helix GQA on FLASH_ATTN (CUDA): context over this rank's shard, new tokens over the heads it owns.
+
+Why: stock `_forward_with_dcp` gathers the queries of the DCP group, because each rank projects Q/TP heads. Under Helix a
+rank has projected all Q/TPA heads of its group already: nothing is gathered, and new tokens are attended on owned heads
+only, with the KV heads that these read (a group may own part of one KV head, or several).
+Hook: `FlashAttentionImpl._forward_with_dcp`; `FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the
+layer's query heads by DCP, which Helix's layers hold already.
+Upstream: vllm `v1/attention/backends/flash_attn.py`.
+Remove when: that backend takes Q/TPA heads.
+"""
+
+from vllm.v1.attention.backends import flash_attn as upstream
+
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import current
+
+_MODULE = "vllm.v1.attention.backends.flash_attn"
+
+
+def install() -> None:
+    patch(f"{_MODULE}:FlashAttentionImpl._forward_with_dcp", _forward_with_dcp)
+    patch(f"{_MODULE}:FlashAttentionImpl.do_kv_cache_update", _do_kv_cache_update)
+    patch(f"{_MODULE}:FlashAttentionMetadataBuilder.__init__", _builder_init)
+
+
+def owned_kv_heads(num_heads: int, num_kv_heads: int, kvp: int, kvp_rank: int) -> slice | list[int]:
+    """The local KV heads read by the query heads that rank `kvp_rank` owns after the exchange.
+
+    Query head h of the Q/TPA = `num_heads` computed here reads local KV head h // (num_heads / num_kv_heads); owned are
+    heads [kvp_rank * n, (kvp_rank + 1) * n), n = num_heads / kvp. A slice where the owned heads fill whole KV heads or
+    lie in one; otherwise one KV head for each owned query head, to be gathered.
+    """
+    owned, group = num_heads // kvp, num_heads // num_kv_heads
+    first = kvp_rank * owned
+    if owned % group == 0 or group % owned == 0:
+        return slice(first // group, (first + owned - 1) // group + 1)
+    return [head // group for head in range(first, first + owned)]
+
+
+def _builder_init(original):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        context = current()
+        if context.helix:
+            assert self.num_heads_q % context.kvp == 0, (self.num_heads_q, context.kvp)
+            self.num_heads_q //= context.kvp
+
+    return __init__
+
+
+def _forward_with_dcp(original):
+    def forward_with_dcp(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales):
+        context = current()
+        phase = "decode" if attn_metadata.max_query_len == 1 else "prefill"
+        context.proof.count(f"{phase}_attention")
+        if attn_metadata.max_dcp_context_kv_len:
+            context.proof.count(f"{phase}_combine")
+        if not context.helix:
+            return original(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales)
+        return _helix(self, query, key, value, key_cache, value_cache, output, attn_metadata)
+
+    return forward_with_dcp
+
+
+def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
+    """query [T, Q/TPA, D], key and value [T, K/TPA, D] of the new tokens -> output [T, Q/TP, D], in place."""
+    context = current()
+    owned = query.shape[1] // context.kvp
+    mine = slice(context.kvp_rank * owned, (context.kvp_rank + 1) * owned)
+    heads = owned_kv_heads(query.shape[1], key.shape[1], context.kvp, context.kvp_rank)
+    common = {
+        "cu_seqlens_q": metadata.query_start_loc,
+        "max_seqlen_q": metadata.max_query_len,
+        "softmax_scale": impl.scale,
+        "softcap": impl.logits_soft_cap,
+        "return_softmax_lse": True,
+        "fa_version": impl.vllm_flash_attn_version,
+        "num_splits": metadata.max_num_splits,
+    }
+    new_output, new_lse = upstream.flash_attn_varlen_func(
+        q=query[:, mine].contiguous(),
+        k=key[:, heads].contiguous(),
+        v=value[:, heads].contiguous(),
+        cu_seqlens_k=metadata.query_start_loc,
+        max_seqlen_k=metadata.max_query_len,
+        causal=metadata.causal,
+        **common,
+    )
+    if metadata.max_dcp_context_kv_len == 0:  # the same on every rank: no one combines
+        return output.copy_(new_output)
+    context_output, context_lse = upstream.flash_attn_varlen_func(
+        q=query.contiguous(),
+        k=key_cache,
+        v=value_cache,
+        seqused_k=metadata.dcp_context_kv_lens,
+        max_seqlen_k=metadata.max_dcp_context_kv_len,
+        causal=False,
+        block_table=metadata.block_table,
+        scheduler_metadata=metadata.scheduler_metadata,
+        **common,
+    )
+    context_output, context_lse = context.fault.partial(context_output, context_lse.transpose(0, 1), context.kvp_rank)
+    merged, merged_lse = impl.dcp_combine(
+        context_output,
+        context_lse.contiguous(),
+        upstream.get_dcp_group(),
+        return_lse=True,
+        seq_lens=metadata.dcp_context_kv_lens,
+        query_start_loc=metadata.query_start_loc,
+    )
+    upstream.merge_attn_states(output, merged, merged_lse.transpose(0, 1).contiguous(), new_output, new_lse)
+    return output
+
+
+def _do_kv_cache_update(original):
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        original(self, layer, key, value, kv_cache, slot_mapping)
+        context = current()
+        if context.counts_tokens:
+            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
+            context.proof.count("global_tokens", key.shape[0])
+
+    return do_kv_cache_update
