@@ -1,0 +1,116 @@
+"""Runs one cell as processes of this host: start, ask, stop. No verdicts here."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.cell import Cell
+from harness.client import answer_all
+from harness.lease import lease_port
+from harness.models.recipe import PREFIX, shape
+from harness.result import Phase
+from harness.server.launch import make_launch
+from harness.server.log import Failure, read_log, tail
+from harness.server.process import Limits, Server, ServerFailed
+from harness.transcript import Transcript
+from harness.workload import workload_of
+from helix_runtime.proof import RankProof, read_proofs
+
+
+class Attempt(NamedTuple):
+    """What one run of a cell's server gave.
+
+    `failure` is why it ended early, or None; `started` is whether it was ready before that; `transcript` is None
+    unless all was asked.
+    """
+
+    started: bool
+    failure: Failure | None
+    transcript: Transcript | None
+    proofs: tuple[RankProof, ...]
+    kv_cache_tokens: int | None
+    log_tail: str
+    phases: tuple[Phase, ...]
+
+
+class LocalExecutor:
+    """`cancel` stops what runs; `end_all` kills it."""
+
+    def __init__(self, limits: Limits | None = None):
+        self.limits = limits or Limits()
+        self.cancel = threading.Event()
+        self._live: set[Server] = set()
+
+    def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
+        """Start `cell` in `folder` (its log, proofs and transcript), ask its workload following `follow`, and stop.
+
+        Without `ask` it is stopped as soon as it is ready. Server failures are in the attempt; NotForced,
+        RuntimeError (no port) and OSError are raised.
+        """
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        phases: list[Phase] = []
+        started, failure, transcript = False, None, None
+        log = folder / "server.log"
+        with lease_port() as port:
+            with _timed("model", phases):
+                launch = make_launch(cell, folder, port)
+            server = Server(launch, log, self.limits, self.cancel)
+            self._live.add(server)
+            try:
+                with _timed("start", phases):
+                    server.start()
+                started = True
+                if ask:
+                    with _timed("workload", phases):
+                        transcript = self._ask(server, cell, follow)
+                    transcript.save(folder / "transcript.json")
+            except ServerFailed as failed:
+                failure = failed.failure
+            finally:
+                proofs = tuple(read_proofs(launch.proof_dir)) if launch.proof_dir else ()
+                with _timed("stop", phases):
+                    server.stop(now=self.cancel.is_set())
+                self._live.discard(server)
+        text = read_log(log)
+        return Attempt(started, failure, transcript, proofs, server.kv_cache_tokens(), tail(text), tuple(phases))
+
+    def end_all(self) -> None:
+        """Kill every running server now, without grace."""
+        self.cancel.set()
+        for server in list(self._live):
+            server.stop(now=True)
+
+    def _ask(self, server: Server, cell: Cell, follow: Transcript | None) -> Transcript:
+        model = shape_of(cell.model)
+        workload = workload_of(cell, model.vocab_size, model.max_position_embeddings)
+        return answer_all(server, cell, workload, dtype_of(cell), follow)
+
+
+def shape_of(model: str):
+    """The ModelShape of a recipe or of a hub model whose shape is committed."""
+    if model.startswith(PREFIX):
+        return shape(model)
+    from helix_runtime.shapes import load_shape
+
+    return load_shape(model)
+
+
+def dtype_of(cell: Cell) -> str:
+    """The dtype that the cell's server computes in; vLLM's `auto` is fp32 for our recipes and bf16 for hub models."""
+    asked = str(dict(cell.serve).get("dtype", "auto"))
+    if asked != "auto":
+        return {"float": "float32", "half": "float16"}.get(asked, asked)
+    return "float32" if cell.model.startswith(PREFIX) else "bfloat16"
+
+
+@contextmanager
+def _timed(name: str, phases: list[Phase]) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        phases.append(Phase(name=name, seconds=round(time.monotonic() - began, 3)))

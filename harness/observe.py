@@ -1,0 +1,80 @@
+"""From what a run showed to the verdict of a cell. Pure: an attempt, the plan, the baseline; no processes."""
+
+from typing import NamedTuple
+
+from harness.executors.local import Attempt
+from harness.matrix import PlannedCell
+from harness.oracle.band import band_of
+from harness.oracle.judge import Judgement, judge
+from harness.oracle.proof import check_proof
+from harness.server.log import Cause
+from harness.transcript import Transcript
+from harness.verdict import Verdict
+
+
+class Observation(NamedTuple):
+    verdict: Verdict
+    reason: str
+    judgement: Judgement | None = None
+
+
+def observe(item: PlannedCell, attempt: Attempt, baseline: Transcript | None) -> Observation:
+    """The verdict of one cell. `baseline` is None for baselines and declared refusals only."""
+    if item.declared is Verdict.REJECTED:
+        return _refusal(item, attempt)
+    if attempt.failure is not None:
+        return _failed(attempt)
+    transcript = attempt.transcript
+    if transcript is None:
+        return Observation(Verdict.ERROR, "the server was not asked")
+    if item.cell.baseline:
+        return _baseline(transcript)
+    if baseline is None:
+        return Observation(Verdict.ERROR, "there is no baseline to compare with")
+    try:
+        judgement = judge(baseline, transcript, band_of(transcript.dtype))
+    except (KeyError, ValueError) as problem:
+        return Observation(Verdict.ERROR, f"cannot compare: {problem.args[0]}")
+    return _compared(item, attempt, judgement)
+
+
+def _refusal(item: PlannedCell, attempt: Attempt) -> Observation:
+    """A declared refusal: it must come before the server is ready, and with the documented rule."""
+    failure = attempt.failure
+    if failure is None:
+        return Observation(Verdict.FAIL, "the server started, although a refusal is declared")
+    if item.refusal and not attempt.started and item.refusal in f"{failure.reason}\n{failure.log_tail}":
+        return Observation(Verdict.REJECTED, failure.reason)
+    if failure.cause is not Cause.REFUSED:
+        return Observation(Verdict.ERROR, f"{failure.cause}: {failure.reason}")
+    if item.refusal:
+        reason = f"refused, but without the documented text {item.refusal!r}: {failure.reason}"
+        return Observation(Verdict.FAIL, reason)
+    return Observation(Verdict.REJECTED, failure.reason)
+
+
+def _failed(attempt: Attempt) -> Observation:
+    failure = attempt.failure
+    if failure.cause is Cause.REFUSED:
+        return Observation(Verdict.REJECTED, failure.reason)
+    when = "while answering" if attempt.started else "at start"
+    return Observation(Verdict.ERROR, f"the server failed {when}: {failure.cause}: {failure.reason}")
+
+
+def _baseline(transcript: Transcript) -> Observation:
+    """A baseline is the reference: it passes when it answered all."""
+    silent = [answer.prompt for answer in transcript.answers if not answer.steps]
+    if silent:
+        return Observation(Verdict.ERROR, f"no answer to {len(silent)} prompts, the first is {silent[0]}")
+    steps = sum(len(answer.steps) for answer in transcript.answers)
+    return Observation(Verdict.PASS, f"the reference: {len(transcript.answers)} prompts, {steps} steps")
+
+
+def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Observation:
+    if not judgement.agree:
+        verdict = Verdict.XFAIL if item.declared is Verdict.XFAIL else Verdict.FAIL
+        return Observation(verdict, judgement.reason, judgement)
+    if unproven := check_proof(item.cell, attempt.proofs):
+        return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
+    verdict = Verdict.XPASS if item.declared is Verdict.XFAIL else Verdict.PASS
+    return Observation(verdict, judgement.reason, judgement)

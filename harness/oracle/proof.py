@@ -1,0 +1,59 @@
+"""Did the claimed path run? Without that, equal answers prove nothing: a silent fallback answers rightly too."""
+
+from collections.abc import Sequence
+
+from harness.cell import Cell, Mode
+from helix_runtime.proof import RankProof
+
+
+def check_proof(cell: Cell, proofs: Sequence[RankProof]) -> str | None:
+    """None when the workers' records prove the cell's claim, else what is missing, in one sentence."""
+    missing = sorted(set(range(cell.tp)) - {proof.rank for proof in proofs})
+    if missing:
+        return f"no proof of path from rank {', '.join(map(str, missing))} of {cell.tp}"
+    combine = wanted_combine(cell)
+    for proof in proofs:
+        claims = (
+            ("TP", proof.tp, cell.tp),
+            ("KVP", proof.kvp, cell.kvp),
+            ("TPA", proof.tpa, cell.tpa if cell.mode.helix else proof.tpa),
+            ("Helix", proof.helix, cell.mode.helix),
+            ("interleave", proof.interleave, cell.interleave),
+            ("combine", proof.combine, combine),
+            ("group size", proof.group_size, cell.kvp),
+            ("size of the group's rank list", len(set(proof.group_ranks)), cell.kvp),
+            ("self-test", proof.self_test, "ok"),
+        )
+        for what, ran, claimed in claims:
+            if ran != claimed:
+                return f"rank {proof.rank}: {what} was {ran}, the cell claims {claimed}"
+        if not proof.impl:
+            return f"rank {proof.rank} does not name the attention class that ran"
+        counters = ["decode_attention", *(["decode_combine"] if cell.kvp > 1 else [])]
+        for counter in counters:
+            if proof.counters.get(counter, 0) <= 0:
+                return f"rank {proof.rank}: {counter} is 0: the path never ran during decode"
+    return _ownership(proofs)
+
+
+def wanted_combine(cell: Cell) -> str:
+    """The combine that a cell asks for; without asking, All-to-All for Helix and vLLM's own default for DCP."""
+    if cell.kvp == 1:
+        return "none"
+    return cell.comm or ("a2a" if cell.mode is not Mode.STANDARD_DCP else "ag_rs")
+
+
+def _ownership(proofs: Sequence[RankProof]) -> str | None:
+    """Every token that passed must lie on exactly one rank of each group."""
+    by_rank = {proof.rank: proof for proof in proofs}
+    for group in sorted({proof.group_ranks for proof in proofs}):
+        if any(rank not in by_rank for rank in group):
+            return f"group {list(group)} names a rank that wrote no proof"
+        owned = sum(by_rank[rank].counters.get("local_tokens", 0) for rank in group)
+        for rank in group:
+            passed = by_rank[rank].counters.get("global_tokens", 0)
+            if passed <= 0:
+                return f"rank {rank}: no token passed its KV update"
+            if owned != passed:
+                return f"group {list(group)} owns {owned} tokens, but {passed} passed rank {rank}"
+    return None
