@@ -53,7 +53,7 @@ class Cell(Frozen):
     why: str | None = None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> "Cell":
-        """A validated copy. Pydantic's own would carry the cached `key` and `id` of this cell over to the changed one."""
+        """A validated copy. Pydantic's own would carry the cached `key` and `id` over to the changed cell."""
         return Cell.model_validate({**self.model_dump(), **(update or {})})
 
     @property
