@@ -19,7 +19,7 @@ class Band(Frozen):
     source: str
 
 
-#: Measured on CPU with `recipe:llama-k4`, vLLM 0.32: a TP4 server made to follow a TP1 server's tokens, so that only the
+#: Measured on CPU, `recipe:llama-k4`, vLLM 0.32: a TP4 server made to follow a TP1 server's tokens, so that only the
 #: order of additions differs (29 prompts, 772 steps). fp32: largest change 5.0e-5, 99th percentile 1.2e-5, KL 7.6e-8;
 #: the same server asked twice differs by 0.0. Bounds are about ten times that. A context token that is not seen
 #: changes logprobs by 0.7 nat and more (`python -m harness.models.card`).

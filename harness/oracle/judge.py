@@ -1,4 +1,4 @@
-"""Differences -> one judgement. First version: fixed bounds; the statistics are plain values, so another can replace it."""
+"""Differences -> one judgement. First version: fixed bounds; statistics are plain values, so another may replace it."""
 
 import math
 from collections.abc import Sequence

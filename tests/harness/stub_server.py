@@ -1,0 +1,94 @@
+"""Imitates the endpoints of a server that the harness uses, and its ways to fail: `stub_server.py BEHAVIOUR PORT NAME`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker, shared_memory
+
+BEHAVIOUR, PORT, NAME = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+KEY = os.environ.get("VLLM_API_KEY", "")
+VOCAB = 64
+
+
+def step(tokens: list[int], position: int) -> dict[int, float]:
+    """Made-up top-3 logprobs that depend on all tokens so far."""
+    first = (sum(tokens) + 7 * position) % VOCAB
+    return {first: -0.2, (first + 1) % VOCAB: -2.0, (first + 2) % VOCAB: -4.0}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        if self.allowed():
+            self.say(200, {"data": [{"id": NAME}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            return
+        if BEHAVIOUR == "dies-answering" and len(body["prompt"]) > 1:
+            print("ValueError: the engine fell over", flush=True)
+            os._exit(3)
+        if BEHAVIOUR == "http-500" and len(body["prompt"]) > 1:
+            return self.say(500, {"error": "no"})
+        forced = (body.get("vllm_xargs") or {}).get("helix_forced_tokens", [])
+        if BEHAVIOUR == "ignores-forcing":
+            forced = []
+        tokens, rows = list(body["prompt"]), []
+        for position in range(body["max_tokens"]):
+            top = step(tokens, position)
+            token = forced[position] if position < len(forced) else next(iter(top))
+            rows.append((token, {token: top.get(token, -9.0), **top}))
+            tokens.append(token)
+        self.say(200, {"choices": [{
+            "token_ids": [token for token, _ in rows],
+            "logprobs": {
+                "token_logprobs": [top[token] for token, top in rows],
+                "top_logprobs": [{f"token_id:{t}": v for t, v in top.items()} for _, top in rows],
+            },
+        }]})
+
+    def allowed(self) -> bool:
+        if BEHAVIOUR != "open" and self.headers.get("Authorization") != f"Bearer {KEY}":
+            self.say(401, {"error": "unauthorized"})
+            return False
+        return True
+
+    def say(self, status: int, body: dict):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def main():
+    print(f"stub {os.getpid()}", flush=True)
+    if BEHAVIOUR == "refused":
+        print("Traceback (most recent call last):")
+        sys.exit("helix_runtime.vllm_plugin.refusal.HelixRefusal: TP 4 % DCP 3 = 1: not 0")
+    if BEHAVIOUR == "out-of-memory":
+        sys.exit("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: Cannot allocate memory")
+    if BEHAVIOUR == "silent":
+        time.sleep(600)
+    if BEHAVIOUR in ("stubborn", "leaks", "leaks-and-dies"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        block = shared_memory.SharedMemory(create=True, size=4096)
+        resource_tracker.unregister(block._name, "shared_memory")  # as a killed process leaves it
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        print(f"child {child.pid} shm {block.name}", flush=True)
+        if BEHAVIOUR == "leaks-and-dies":
+            os._exit(5)
+    print("INFO: GPU KV cache size: 21,824 tokens, with room", flush=True)
+    ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+
+
+main()
