@@ -31,11 +31,25 @@ GQA: dict[str, Surface] = {
 }
 
 
+#: MLA architectures. Nothing in them is rebuilt: with TPA = 1 every rank projects Q/TP heads, as in stock DCP = TP.
+MLA: tuple[str, ...] = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+
+
+def check_mla(architecture: str) -> None:
+    """Raises HelixRefusal for an MLA architecture that is not on the list."""
+    if architecture not in MLA:
+        raise _not_listed(architecture, MLA)
+
+
 def attention_constructor(architecture: str) -> Surface:
     """The constructor to wrap for a GQA architecture. Raises HelixRefusal for one that is not on the list."""
     if architecture not in GQA:
-        raise HelixRefusal(
-            f"architecture {architecture} is not on Helix's list: no cell has shown that its attention keeps to its "
-            f"own heads under TPA sharding; allowed: {', '.join(sorted(GQA))}. Start without --helix-mode"
-        )
+        raise _not_listed(architecture, GQA)
     return GQA[architecture]
+
+
+def _not_listed(architecture: str, allowed) -> HelixRefusal:
+    return HelixRefusal(
+        f"architecture {architecture} is not on Helix's list: no cell has shown that its attention keeps to its own "
+        f"heads and shards; allowed: {', '.join(sorted(allowed))}. Start without --helix-mode"
+    )

@@ -103,6 +103,18 @@ SURFACE: tuple[Surface, ...] = (
         platform="cpu",
     ),
     Surface(
+        "vllm.v1.attention.ops.dcp:MLADCPManager._init_combine",
+        ("self", "num_heads", "head_dim", "dtype", "is_lse_base_on_e", "use_pcp"),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.forward_mqa",
+        ("self", "q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl._forward_with_dcp",
         (
             "self", "query", "key", "value", "key_cache", "value_cache", "output", "attn_metadata", "q_descale",

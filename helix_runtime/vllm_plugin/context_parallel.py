@@ -47,7 +47,7 @@ class ContextParallel:
 
 
 #: Names in reports of implementations of ours, which inside vLLM keep the name of the stock backend they extend.
-BACKEND_NAMES = {"HelixCPUAttentionImpl": "HELIX_CPU"}
+BACKEND_NAMES = {"HelixCPUAttentionImpl": "HELIX_CPU", "HelixCPUMLAImpl": "HELIX_CPU_MLA"}
 
 _current: ContextParallel | None = None
 

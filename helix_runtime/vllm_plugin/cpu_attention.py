@@ -29,7 +29,7 @@ def install() -> None:
 def _get_attn_backend_cls(original):
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         if attn_selector_config.use_mla:
-            return original(cls, selected_backend, attn_selector_config, num_heads)
+            return "helix_runtime.vllm_plugin.cpu_mla.HelixCPUMLABackend"
         return f"{__name__}.HelixCPUBackend"
 
     return get_attn_backend_cls

@@ -1,10 +1,9 @@
 """Which combine a worker runs: ours on CPU, where upstream's are Triton kernels, and upstream's on CUDA."""
 
 import torch
-import torch.distributed as dist
 
 from helix_runtime.combine import COMBINES
-from helix_runtime.combine.collectives import Collectives
+from helix_runtime.combine.collectives import DIST
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel
 
 
@@ -28,14 +27,12 @@ def _ours(context: ContextParallel):
     from vllm.distributed.parallel_state import get_dcp_group
 
     group = get_dcp_group().device_group
-    # Looked up now, not when the module was imported: ranks that share a GPU replace them.
-    collectives = Collectives(dist.all_to_all_single, dist.all_gather_into_tensor, dist.reduce_scatter_tensor)
 
     def combine(partial_output: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
         fault = context.fault
         partial_output, partial_lse = fault.partial(partial_output, partial_lse, context.kvp_rank)
         return COMBINES[context.comm](
-            partial_output, partial_lse, group, lse_base=fault.lse_base, collectives=fault.collectives(collectives)
+            partial_output, partial_lse, group, lse_base=fault.lse_base, collectives=fault.collectives(DIST)
         )
 
     return combine

@@ -1,6 +1,6 @@
 """Helix GQA on FLASH_ATTN (CUDA): context over this rank's shard, new tokens over the heads it owns.
 
-Why: stock `_forward_with_dcp` gathers the queries of the DCP group, because each rank projects Q/TP heads. Under Helix a
+Why: stock `_forward_with_dcp` gathers the DCP group's queries, because each rank projects Q/TP heads. Under Helix a
 rank has projected all Q/TPA heads of its group already: nothing is gathered, and new tokens are attended on owned heads
 only, with the KV heads that these read (a group may own part of one KV head, or several).
 Hook: `FlashAttentionImpl._forward_with_dcp`; `FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the

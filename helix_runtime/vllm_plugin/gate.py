@@ -12,7 +12,7 @@ import copy
 
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
 from helix_runtime.vllm_plugin import share_gpu
-from helix_runtime.vllm_plugin.architectures import GQA, attention_constructor
+from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
 from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_unproved
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
@@ -57,20 +57,17 @@ def admit(config, options: HelixOptions) -> Layout:
     helix_gqa = options.helix_mode and not model.use_mla
     extra = (attention_constructor(model.architecture),) if helix_gqa else ()
     probe(vllm.__version__, "cpu" if current_platform.is_cpu() else "cuda", extra)
+    if model.use_mla:
+        check_mla(model.architecture)
     refuse_unproved(config)
     layout = layout_of(config, options)
-    if model.use_mla:
-        raise HelixRefusal(
-            "MLA models are not served with context parallelism by this version of the plugin; "
-            f"allowed: GQA models of {', '.join(sorted(GQA))}"
-        )
     if options.share_gpu:
         share_gpu.admit(config)
     if not current_platform.is_cpu() and parallel.decode_context_parallel_size > 1:
         _admit_on_cuda(config)
-    if options.helix_mode:
-        if parallel.dcp_comm_backend is None:
-            parallel.set_dcp_defaults(comm_backend="a2a")
+    if options.helix_mode and parallel.dcp_comm_backend is None:
+        parallel.set_dcp_defaults(comm_backend="a2a")
+    if helix_gqa:
         patch("vllm.config.model:ModelConfig.verify_with_parallel_config", _verify_with_parallel_config)
         model.__dict__["_helix_layout"] = layout
     return layout

@@ -39,15 +39,16 @@ def activate(config, options: HelixOptions, rank: int) -> None:
 
     layout = layout_of(config, options)
     if current_platform.is_cpu():
-        from helix_runtime.vllm_plugin import cpu_attention, slot_mapping
+        from helix_runtime.vllm_plugin import cpu_attention, cpu_mla, slot_mapping
 
         cpu_attention.install()
+        cpu_mla.install()
         slot_mapping.install()
     else:
         from helix_runtime.vllm_plugin import flash_attention
 
         flash_attention.install()
-    if options.helix_mode:
+    if options.helix_mode and not layout.use_mla:
         view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
         tpa_scope.install(attention_constructor(config.model_config.architecture), view)
         owned_heads.install(layout.kvp)
@@ -89,9 +90,9 @@ def rank_proof(worker, context) -> RankProof:
     import vllm
     from vllm.config import get_layers_from_vllm_config
     from vllm.distributed.parallel_state import get_dcp_group, get_tp_group
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    layers = get_layers_from_vllm_config(worker.vllm_config, Attention)
+    layers = get_layers_from_vllm_config(worker.vllm_config, AttentionLayerBase)
     impls = {type(layer.impl) for layer in layers.values()}
     layout, group = context.layout, get_dcp_group()
     return RankProof(

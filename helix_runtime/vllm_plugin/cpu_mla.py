@@ -1,0 +1,91 @@
+"""HELIX_CPU_MLA: latent attention for vLLM's CPU platform that returns its LSE, and a combine that runs there.
+
+Why: stock CPU MLA returns no LSE and pins its context-parallel size to 1; upstream's combines are Triton kernels.
+Hook: `CpuPlatform.get_attn_backend_cls` (shared with `cpu_attention.py`); `MLADCPManager._init_combine`. The query
+all-gather, the up-projections and the prefill of new tokens stay upstream's.
+Upstream: vllm `v1/attention/backends/mla/cpu_mla.py`, `v1/attention/ops/dcp.py`.
+Remove when: CPU MLA has `can_return_lse_for_decode` and the combines have CPU versions.
+"""
+
+import torch
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
+
+from helix_runtime.attention.reference import paged_partial_attention
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import current
+
+
+def install() -> None:
+    patch("vllm.v1.attention.ops.dcp:MLADCPManager._init_combine", _init_combine)
+
+
+def _init_combine(original):
+    def init_combine(self, num_heads, head_dim, dtype, is_lse_base_on_e, use_pcp):
+        def combine(partial_output, partial_lse, *, seq_lens, query_start_loc):
+            context = current()
+            context.proof.count("decode_combine")
+            return context.combine(partial_output, partial_lse)
+
+        return combine
+
+    return init_combine
+
+
+class HelixCPUMLABackend(CPUMLABackend):
+    """Keeps the name CPU_MLA inside vLLM, whose registry of names is closed; reports call it HELIX_CPU_MLA."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        return block_size is None or block_size % 16 == 0
+
+    @staticmethod
+    def get_impl_cls():
+        return HelixCPUMLAImpl
+
+
+class HelixCPUMLAImpl(CPUMLAImpl):
+    """Decode over the local shard of latents: one KV head of kv_lora_rank + rope values, read by every query head."""
+
+    can_return_lse_for_decode = True
+    supports_dcp = True
+    lse_base_on_e = True
+
+    def __init__(self, *args, **kwargs):
+        kvp, kvp_rank = self.dcp_world_size, self.dcp_rank  # set by __new__, and overwritten by the stock __init__
+        super().__init__(*args, **kwargs)
+        self.dcp_world_size, self.dcp_rank = kvp, kvp_rank
+        self.cp_kv_cache_interleave_size = current().interleave
+
+    def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
+        """q [B, H, 576] of the whole group -> (output [B, H, 512], natural LSE [B, H]) over this rank's shard."""
+        context, decode = current(), attn_metadata.decode
+        query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+        latents = kv_c_and_k_pe_cache.unsqueeze(1)
+        local = context.fault.local_lengths(decode.seq_lens, context.kvp_rank)
+        output, lse = paged_partial_attention(
+            query,
+            latents,
+            latents[..., : self.kv_lora_rank],
+            decode.block_table,
+            torch.arange(query.shape[0] + 1),
+            decode.dcp_tot_seq_lens,
+            local_seq_lens=local,
+            kvp=context.kvp,
+            kvp_rank=context.kvp_rank,
+            interleave=context.interleave,
+            scale=self.scale,
+        )
+        context.proof.count("decode_attention")
+        context.proof.count("empty_shard", int((decode.seq_lens == 0).sum()))
+        return output, lse
+
+    def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
+        super().do_kv_cache_update(kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
+        proof = current().proof
+        proof.count("local_tokens", int((slot_mapping >= 0).sum()))
+        proof.count("global_tokens", slot_mapping.numel())
