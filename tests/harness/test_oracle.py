@@ -1,0 +1,185 @@
+"""The comparison, with values worked out by hand, and the proof of path, claim by claim."""
+
+import dataclasses
+import math
+
+import pytest
+
+from harness.cell import Cell, Mode
+from harness.oracle.band import BANDS, Band, band_of
+from harness.oracle.compare import compare, divergence, widest
+from harness.oracle.judge import judge
+from harness.oracle.proof import check_proof
+from harness.transcript import Answer, Step, Transcript
+from helix_runtime.proof import RankProof
+
+BAND = Band(dtype="float32", max_change=0.01, p99_change=0.005, max_kl=0.001, margin=0.1, source="this test")
+
+
+def step(token: int, **top: float) -> Step:
+    """`step(1, t1=-0.5, t2=-1.5)`."""
+    values = {int(name[1:]): value for name, value in top.items()}
+    return Step(token_id=token, logprob=values.get(token, -9.0), top=values)
+
+
+def transcript(*answers: tuple[str, tuple[Step, ...]], workload: str = "w") -> Transcript:
+    made = tuple(
+        Answer(prompt=name, kind="boundary", prompt_length=5, batch=0, forced=False, steps=steps)
+        for name, steps in answers
+    )
+    return Transcript(
+        cell_id="c", cell_key="k", workload_key=workload, dtype="float32", vocab_size=8, top_k=2, answers=made
+    )
+
+
+ONE = step(1, t1=-0.5, t2=-1.5)
+TWO = step(2, t2=-0.1, t1=-3.0)
+
+
+def value(judgement, name: str) -> float:
+    return next(item.value for item in judgement.statistics if item.name == name)
+
+
+def test_equal_answers_agree():
+    found = judge(transcript(("p", (ONE, TWO))), transcript(("p", (ONE, TWO))), BAND)
+    assert found.agree and "2 steps agree" in found.reason
+    assert value(found, "prefill: largest logprob change") == 0
+    assert value(found, "decode: same best token") == 1
+    assert found.differences == ()
+
+
+def test_changes_by_hand():
+    a, b = step(1, t1=-0.5, t2=-1.5, t3=-2.0), step(1, t1=-0.6, t2=-1.25, t4=-1.75)
+    # token 2 changed by 0.25; token 3 is not in b, whose floor is -1.75, so by 0 at least; token 4 is in b at -1.75,
+    # a's floor is -2.0: by 0.25 at least
+    assert widest(a, b) == pytest.approx(0.25)
+    p, q = (math.exp(-0.5), math.exp(-1.5)), (math.exp(-0.6), math.exp(-1.25))
+    rest_p, rest_q = 1 - sum(p), 1 - sum(q)
+    wanted = p[0] * 0.1 + p[1] * -0.25 + rest_p * math.log(rest_p / rest_q)
+    assert divergence(a, b) == pytest.approx(wanted)
+
+
+def test_prefill_and_decode_are_judged_apart():
+    off = step(1, t1=-0.8, t2=-1.5)
+    prefill = judge(transcript(("p", (ONE, TWO))), transcript(("p", (off, TWO))), BAND)
+    assert not prefill.agree and prefill.reason.startswith("prefill: largest logprob change is 0.3 nat")
+    decode = judge(transcript(("p", (TWO, ONE))), transcript(("p", (TWO, off))), BAND)
+    assert not decode.agree and decode.reason.startswith("decode: largest logprob change")
+    worst = decode.differences[0]
+    assert (worst.prompt, worst.step, worst.position) == ("p", 1, 6)
+    assert worst.baseline == ((1, -0.5), (2, -1.5)) and worst.candidate == ((1, -0.8), (2, -1.5))
+
+
+def test_a_lost_best_token_counts_only_beyond_the_margin():
+    wide = BAND.model_copy(update={"max_change": 9.0, "p99_change": 9.0, "max_kl": 9.0})
+    near, turned = step(1, t1=-0.70, t2=-0.75), step(1, t1=-0.75, t2=-0.70)
+    assert judge(transcript(("p", (near,))), transcript(("p", (turned,))), wide).agree
+    clear, turned = step(1, t1=-0.5, t2=-1.5), step(1, t1=-1.5, t2=-0.5)
+    found = judge(transcript(("p", (clear,))), transcript(("p", (turned,))), wide)
+    assert not found.agree and "best token lost despite its margin" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ((), "no answer"),
+        ((("p", ()),), "no answer"),
+        ((("p", (ONE,)),), "only 1 of 2 steps"),
+        ((("p", (ONE, step(3, t3=-0.1, t1=-3.0))),), "only 1 of 2 steps"),
+    ],
+)
+def test_missing_short_and_other_answers_differ(answers, said):
+    found = judge(transcript(("p", (ONE, TWO))), transcript(*answers), BAND)
+    assert not found.agree and "missing answers" in found.reason and said in found.reason
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_what_is_no_number_differs(bad):
+    broken = Step(token_id=1, logprob=bad, top={1: bad, 2: -1.5})
+    found = judge(transcript(("p", (ONE, ONE))), transcript(("p", (ONE, broken))), BAND)
+    assert not found.agree
+    assert value(found, "decode: largest logprob change") == 9999
+    assert all(math.isfinite(number) for _, number in found.differences[0].candidate)
+
+
+def test_steps_are_compared_on_the_same_prefix_only():
+    other = step(3, t3=-0.1, t1=-3.0)
+    found = compare(transcript(("p", (ONE, TWO, ONE))), transcript(("p", (ONE, other, ONE))))
+    assert [change.step for change in found.steps] == [0]
+
+
+def test_nothing_compared_is_no_agreement():
+    assert not judge(transcript(), transcript(), BAND).agree
+
+
+def test_other_workloads_are_not_compared():
+    with pytest.raises(ValueError, match="another workload"):
+        judge(transcript(("p", (ONE,))), transcript(("p", (ONE,)), workload="v"), BAND)
+
+
+def test_an_unmeasured_dtype_has_no_band():
+    assert band_of("float32") is BANDS["float32"]
+    with pytest.raises(KeyError, match="measured: float32"):
+        band_of("float8")
+
+
+CELL = Cell(
+    mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=4, kvp=2, interleave=16
+)
+
+
+def proofs(**changes) -> list[RankProof]:
+    """The right proof of `CELL`, with `changes` on rank 3."""
+    made = [
+        RankProof(
+            rank=rank, tp=4, kvp=2, tpa=2, kvp_rank=rank % 2, tpa_rank=rank // 2, helix=True, backend="HELIX_CPU",
+            impl="x.Impl", combine="a2a", combine_impl="f", group_size=2, group_ranks=(0, 1) if rank < 2 else (2, 3),
+            interleave=16, lse_base="e", model_runner="r", vllm_version="0.32.0", self_test="ok",
+            counters={"decode_attention": 9, "decode_combine": 9, "local_tokens": 50, "global_tokens": 100},
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    made[3] = dataclasses.replace(made[3], **changes)
+    return made
+
+
+def test_a_full_proof_is_accepted():
+    assert check_proof(CELL, proofs()) is None
+    assert check_proof(CELL.model_copy(update={"comm": "a2a"}), proofs()) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tp": 8}, "TP was 8"),
+        ({"kvp": 4}, "KVP was 4"),
+        ({"tpa": 1}, "TPA was 1"),
+        ({"helix": False}, "Helix was False"),
+        ({"interleave": 1}, "interleave was 1"),
+        ({"combine": "ag_rs"}, "combine was ag_rs"),
+        ({"group_size": 4}, "group size was 4"),
+        ({"group_ranks": (3,)}, "rank list was 1"),
+        ({"impl": ""}, "does not name"),
+        ({"self_test": "failed"}, "self-test was failed"),
+        ({"counters": {"decode_attention": 0}}, "decode_attention is 0"),
+        ({"counters": {"decode_attention": 1, "decode_combine": 0}}, "decode_combine is 0"),
+        (
+            {"counters": {"decode_attention": 9, "decode_combine": 9, "local_tokens": 49, "global_tokens": 100}},
+            "group [2, 3] owns 99 tokens, but 100 passed rank 2",
+        ),
+    ],
+)
+def test_each_claim_is_checked(changes, said):
+    assert said in check_proof(CELL, proofs(**changes))
+
+
+def test_a_rank_without_proof_is_named():
+    assert check_proof(CELL, proofs()[:3]) == "no proof of path from rank 3 of 4"
+    assert check_proof(CELL, []) == "no proof of path from rank 0, 1, 2, 3 of 4"
+
+
+def test_the_default_combine_is_vllms_for_standard_dcp():
+    cell = CELL.model_copy(update={"mode": Mode.STANDARD_DCP})
+    standard = [dataclasses.replace(proof, helix=False, combine="ag_rs") for proof in proofs()]
+    assert check_proof(cell, standard) is None
+    assert "combine was ag_rs, the cell claims a2a" in check_proof(cell.model_copy(update={"comm": "a2a"}), standard)
