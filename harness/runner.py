@@ -116,7 +116,7 @@ class _Run:
             seen = Observation(Verdict.ERROR, self._no_baseline(item.baseline))
         else:
             self.ledger.cell_start(cell.id)
-            self.progress(f"start   {cell.id}")
+            self.progress(f"start     {cell.id}")
             follow = self.references[item.baseline.key] if item.baseline else None
             try:
                 ask = item.declared is not Verdict.REJECTED
@@ -135,7 +135,7 @@ class _Run:
         self.results[cell.key] = result
         self.ledger.result(result)
         if item.skip is None:
-            self.progress(f"{result.verdict:<8}{cell.id}: {result.reason}")
+            self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
 
     def _no_baseline(self, baseline: Cell) -> str:
         if baseline.key not in self.references:

@@ -45,13 +45,20 @@ class Handler(BaseHTTPRequestHandler):
             token = forced[position] if position < len(forced) else next(iter(top))
             rows.append((token, {token: top.get(token, -9.0), **top}))
             tokens.append(token)
-        self.say(200, {"choices": [{
-            "token_ids": [token for token, _ in rows],
-            "logprobs": {
-                "token_logprobs": [top[token] for token, top in rows],
-                "top_logprobs": [{f"token_id:{t}": v for t, v in top.items()} for _, top in rows],
+        self.say(
+            200,
+            {
+                "choices": [
+                    {
+                        "token_ids": [token for token, _ in rows],
+                        "logprobs": {
+                            "token_logprobs": [top[token] for token, top in rows],
+                            "top_logprobs": [{f"token_id:{t}": v for t, v in top.items()} for _, top in rows],
+                        },
+                    }
+                ]
             },
-        }]})
+        )
 
     def allowed(self) -> bool:
         if BEHAVIOUR != "open" and self.headers.get("Authorization") != f"Bearer {KEY}":

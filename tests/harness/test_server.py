@@ -181,7 +181,12 @@ def test_leases_are_exclusive_and_skip_used_ports():
     [
         ("LayoutError: TPA 8 > K 4\n", 1, Cause.REFUSED, "TPA 8 > K 4"),
         ("x.HelixRefusal: first\ny.HelixRefusal: last\nRuntimeError: after", 1, Cause.REFUSED, "last"),
-        ("OSError: [Errno 98] Address already in use", 1, Cause.PORT_IN_USE, "OSError: [Errno 98] Address already in use"),
+        (
+            "OSError: [Errno 98] Address already in use",
+            1,
+            Cause.PORT_IN_USE,
+            "OSError: [Errno 98] Address already in use",
+        ),
         ("", 137, Cause.OUT_OF_MEMORY, "killed by SIGKILL (137)"),
         ("", 1, Cause.OTHER, "exit status 1: empty log"),
         (

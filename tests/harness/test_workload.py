@@ -20,7 +20,7 @@ def test_every_prompt_has_a_reason_and_fits():
     assert len(set(names)) == len(names)
     for prompt in workload.prompts:
         assert prompt.why
-        assert 0 < len(prompt.token_ids) and len(prompt.token_ids) + prompt.max_tokens <= 600
+        assert prompt.token_ids and len(prompt.token_ids) + prompt.max_tokens <= 600
         assert all(4 <= token < 512 for token in prompt.token_ids)
 
 

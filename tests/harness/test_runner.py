@@ -1,0 +1,206 @@
+"""The scheduler and the verdicts, on an executor that answers from a table."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from harness.cell import Cell, Mode
+from harness.executors.local import Attempt
+from harness.ledger import read, results
+from harness.matrix import PlannedCell
+from harness.runner import folder_name, run
+from harness.server.log import Cause, Failure
+from harness.transcript import Answer, Step, Transcript
+from harness.verdict import Verdict
+from helix_runtime.proof import RankProof
+
+BASE = Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=2)
+HELIX = Cell(mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=2, kvp=2)
+OTHER = HELIX.model_copy(update={"interleave": 16})
+
+
+def planned(cell: Cell, declared: Verdict = Verdict.PASS, **fields) -> PlannedCell:
+    base = None if cell.baseline or declared is Verdict.REJECTED else BASE
+    return PlannedCell(**{
+        "cell": cell, "suites": ("s",), "declared": declared, "declared_why": "w", "baseline": base, **fields
+    })  # fmt: skip
+
+
+def transcript(cell: Cell, shift: float = 0.0, steps: int = 2) -> Transcript:
+    step = Step(token_id=1, logprob=-0.5 - shift, top={1: -0.5 - shift, 2: -1.5})
+    answer = Answer(prompt="p", kind="long", prompt_length=3, batch=0, forced=False, steps=(step,) * steps)
+    return Transcript(
+        cell_id=cell.id, cell_key=cell.key, workload_key="w", dtype="float32", vocab_size=8, top_k=2, answers=(answer,)
+    )
+
+
+def proofs(cell: Cell) -> tuple[RankProof, ...]:
+    return tuple(
+        RankProof(
+            rank=rank, tp=2, kvp=2, tpa=1, kvp_rank=rank, tpa_rank=0, helix=True, backend="b", impl="i", combine="a2a",
+            combine_impl="f", group_size=2, group_ranks=(0, 1), interleave=cell.interleave, lse_base="e",
+            model_runner="r", vllm_version="v", self_test="ok",
+            counters={"decode_attention": 1, "decode_combine": 1, "local_tokens": 5, "global_tokens": 10},
+        )
+        for rank in range(2)
+    )  # fmt: skip
+
+
+def good(cell: Cell, **changes) -> Attempt:
+    made = Attempt(True, None, transcript(cell), () if cell.baseline else proofs(cell), 4096, "tail", ())
+    return made._replace(**changes)
+
+
+def failed(cell: Cell, cause: Cause, reason: str, started: bool = False) -> Attempt:
+    return Attempt(started, Failure(cause=cause, reason=reason, log_tail=reason), None, (), None, "tail", ())
+
+
+class Table:
+    """Answers with an Attempt or raises, by cell key; notes what was run."""
+
+    def __init__(self, **changes):
+        self.answers = changes.pop("answers", {})
+        self.cancel = threading.Event()
+        self.ran: list[tuple[Cell, bool, bool]] = []
+        self.killed = False
+
+    def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
+        self.ran.append((cell, follow is not None, ask))
+        answer = self.answers.get(cell.key, good(cell))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def end_all(self) -> None:
+        self.killed = True
+
+
+def play(tmp_path, plan, jobs=1, **answers) -> tuple[list, Table]:
+    table = Table(answers={cell.key: answer for cell, answer in answers.get("answers", {}).items()})
+    return run(plan, run_dir=tmp_path, jobs=jobs, progress=lambda line: None, executor=table), table
+
+
+def verdict_of(tmp_path, item: PlannedCell, attempt: Attempt | BaseException):
+    found, _ = play(tmp_path, [planned(BASE), item], answers={item.cell: attempt})
+    return found[1].verdict, found[1].reason
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_baselines_run_first_and_cells_follow_them(tmp_path, jobs):
+    found, table = play(tmp_path, [planned(HELIX), planned(BASE), planned(OTHER)], jobs)
+    assert [result.cell for result in found] == [HELIX, BASE, OTHER]
+    assert [result.verdict for result in found] == [Verdict.PASS] * 3
+    assert table.ran[0] == (BASE, False, True)
+    assert {(cell, follows) for cell, follows, _ in table.ran[1:]} == {(HELIX, True), (OTHER, True)}
+    events, warnings = read(tmp_path / "ledger.ndjson")
+    assert warnings == [] and {result.cell.id for result in results(events)} == {HELIX.id, BASE.id, OTHER.id}
+    assert events[0]["planned"] == [HELIX.id, BASE.id, OTHER.id] and events[-1]["event"] == "run-end"
+    assert found[0].baseline_id == BASE.id and found[0].kv_cache_tokens == 4096 and len(found[0].proof) == 2
+
+
+def test_a_failed_baseline_is_the_error_of_its_dependents(tmp_path):
+    broken = failed(BASE, Cause.OUT_OF_MEMORY, "no memory")
+    found, table = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: broken})
+    assert [result.verdict for result in found] == [Verdict.ERROR, Verdict.ERROR]
+    assert "gave no reference" in found[1].reason and "no memory" in found[1].reason
+    assert len(table.ran) == 1
+
+
+def test_a_baseline_with_silent_prompts_is_no_reference(tmp_path):
+    silent = good(BASE, transcript=transcript(BASE, steps=0))
+    found, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: silent})
+    assert [result.verdict for result in found] == [Verdict.ERROR, Verdict.ERROR]
+
+
+def test_a_baseline_outside_the_plan_is_said(tmp_path):
+    found, _ = play(tmp_path, [planned(HELIX)])
+    assert found[0].verdict is Verdict.ERROR and "not among the cells" in found[0].reason
+
+
+def test_one_exception_is_one_row(tmp_path):
+    found, _ = play(tmp_path, [planned(BASE), planned(HELIX), planned(OTHER)], answers={HELIX: OSError("disk")})
+    assert [result.verdict for result in found] == [Verdict.PASS, Verdict.ERROR, Verdict.PASS]
+    assert "OSError: disk" in found[1].reason
+
+
+def test_skipped_cells_are_rows_and_start_nothing(tmp_path):
+    found, table = play(tmp_path, [planned(BASE, skip="no GPU"), planned(HELIX, skip="no GPU")])
+    assert [(result.verdict, result.reason) for result in found] == [(Verdict.SKIP, "no GPU")] * 2
+    assert table.ran == []
+
+
+def test_other_answers_fail_and_known_ones_are_xfail(tmp_path):
+    off = good(HELIX, transcript=transcript(HELIX, shift=0.3))
+    verdict, reason = verdict_of(tmp_path / "a", planned(HELIX), off)
+    assert verdict is Verdict.FAIL and "largest logprob change is 0.3" in reason
+    assert verdict_of(tmp_path / "b", planned(HELIX, Verdict.XFAIL), off)[0] is Verdict.XFAIL
+    assert verdict_of(tmp_path / "c", planned(HELIX, Verdict.XFAIL), good(HELIX))[0] is Verdict.XPASS
+
+
+def test_equal_answers_without_proof_are_unproven(tmp_path):
+    verdict, reason = verdict_of(tmp_path, planned(HELIX), good(HELIX, proofs=proofs(HELIX)[:1]))
+    assert verdict is Verdict.UNPROVEN and "no proof of path from rank 1" in reason
+
+
+RULE = "TPA = 1 for GQA"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "refusal", "verdict"),
+    [
+        (failed(HELIX, Cause.REFUSED, f"x: {RULE}"), RULE, Verdict.REJECTED),
+        (failed(HELIX, Cause.REFUSED, "any rule"), None, Verdict.REJECTED),
+        (failed(HELIX, Cause.OTHER, f"stock says {RULE}"), RULE, Verdict.REJECTED),
+        (failed(HELIX, Cause.REFUSED, "another rule"), RULE, Verdict.FAIL),
+        (failed(HELIX, Cause.OUT_OF_MEMORY, "no memory"), RULE, Verdict.ERROR),
+        (failed(HELIX, Cause.OTHER, "crash"), None, Verdict.ERROR),
+        (good(HELIX, transcript=None), RULE, Verdict.FAIL),
+    ],
+)
+def test_declared_refusals(tmp_path, attempt, refusal, verdict):
+    item = planned(HELIX, Verdict.REJECTED, refusal=refusal)
+    found, table = play(tmp_path, [item], answers={HELIX: attempt})
+    assert found[0].verdict is verdict
+    assert table.ran == [(HELIX, False, False)]  # without a baseline, and never asked
+
+
+def test_a_refusal_that_nobody_declared_is_rejected_and_differs(tmp_path):
+    found, _ = play(
+        tmp_path, [planned(BASE), planned(HELIX)], answers={HELIX: failed(HELIX, Cause.REFUSED, "the rule")}
+    )
+    assert found[1].verdict is Verdict.REJECTED and found[1].effect == "differs"
+
+
+def test_a_crash_is_infrastructure(tmp_path):
+    verdict, reason = verdict_of(tmp_path, planned(HELIX), failed(HELIX, Cause.OTHER, "boom", started=True))
+    assert verdict is Verdict.ERROR and "while answering" in reason and "boom" in reason
+
+
+def test_ctrl_c_cancels_and_leaves_finished_rows(tmp_path):
+    class Interrupting(Table):
+        def attempt(self, cell, folder, follow, ask=True):
+            if cell == HELIX:
+                import _thread
+
+                _thread.interrupt_main()
+                assert self.cancel.wait(20)
+                return failed(cell, Cause.INTERRUPTED, "interrupted")
+            return super().attempt(cell, folder, follow, ask)
+
+    with pytest.raises(KeyboardInterrupt):
+        plan = [planned(BASE), planned(HELIX), planned(OTHER)]
+        run(plan, run_dir=tmp_path, progress=lambda line: None, executor=Interrupting())
+    events, _ = read(tmp_path / "ledger.ndjson")
+    assert [result.cell for result in results(events)] == [BASE]
+    assert events[-1]["event"] == "run-end"
+
+
+def test_docker_is_not_built(tmp_path):
+    with pytest.raises(ValueError, match="allowed: process"):
+        run([planned(BASE)], run_dir=tmp_path, runtime="docker", executor=Table())
+
+
+def test_folders_are_flat_and_apart():
+    assert "/" not in folder_name(HELIX)
+    assert folder_name(HELIX) != folder_name(HELIX.model_copy(update={"env": (("A", "1"),)}))
