@@ -1,4 +1,4 @@
-"""Imitates the endpoints of a server that the harness uses, and its ways to fail: `stub_server.py BEHAVIOUR PORT NAME`."""
+"""Imitates the endpoints of a server that the harness uses, and its ways to fail: `BEHAVIOUR PORT NAME`."""
 
 import json
 import os
