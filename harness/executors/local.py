@@ -73,7 +73,7 @@ class LocalExecutor:
             finally:
                 proofs = tuple(read_proofs(launch.proof_dir)) if launch.proof_dir else ()
                 with _timed("stop", phases):
-                    server.stop(now=self.cancel.is_set())
+                    server.stop()
                 self._live.discard(server)
         text = read_log(log)
         return Attempt(started, failure, transcript, proofs, server.kv_cache_tokens(), tail(text), tuple(phases))

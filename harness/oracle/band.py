@@ -21,7 +21,7 @@ class Band(Frozen):
 
 #: Measured on CPU, `recipe:llama-k4`, vLLM 0.32, a server made to follow another's tokens, so that only the order of
 #: additions differs. fp32, TP1 against TP4 (29 prompts, 772 steps): largest change 5.0e-5, 99th percentile 1.2e-5, KL
-#: 7.6e-8; the same server asked twice: 0.0; Helix TP4/DCP2 against TP4: 4.6e-5, 1.2e-5, 5.3e-7. The bounds are about ten
+#: 7.6e-8; one server asked twice: 0.0; Helix TP4/DCP2 against TP4: 4.6e-5, 1.2e-5, 5.3e-7. The bounds are about ten
 #: times that. An unseen context token changes logprobs by 0.7 nat and more (`python -m harness.models.card`).
 BANDS: dict[str, Band] = {
     band.dtype: band

@@ -38,7 +38,8 @@ class Tree:
         self.shared: set[str] = set()
 
     def processes(self) -> list[psutil.Process]:
-        return [process for process in self.me.children(recursive=True) if process.is_running()]
+        """The living ones; a zombie holds nothing and waits only to be collected."""
+        return [process for process in self.me.children(recursive=True) if _alive(process)]
 
     def look(self) -> None:
         """Note which files in /dev/shm the tree maps or holds open now."""
@@ -67,6 +68,13 @@ class Tree:
                 orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= self.born - 1
                 if (str(path) in self.shared or orphan) and str(path) not in living:
                     path.unlink()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def shared_memory(pid: int) -> set[str]:

@@ -1,0 +1,81 @@
+"""One cell from start to stop on the stub server: what the executor hands back, and what it leaves on disk."""
+
+import threading
+
+import pytest
+from test_server import gone, launch, logged
+
+from harness.cell import Cell, Mode
+from harness.executors import local
+from harness.executors.local import LocalExecutor, dtype_of
+from harness.server.log import Cause
+from harness.server.process import Limits
+from harness.transcript import Transcript
+from helix_runtime.proof import ProofWriter
+
+CELL = Cell(
+    mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=2, kvp=2, workload="smoke"
+)
+
+
+@pytest.fixture
+def executor(monkeypatch):
+    """`executor(behaviour)` runs the stub in that behaviour instead of a cell's server."""
+
+    def made(behaviour: str) -> LocalExecutor:
+        def stub(cell, folder, port):
+            return launch(behaviour, port).model_copy(update={"proof_dir": folder / "proof"})
+
+        monkeypatch.setattr(local, "make_launch", stub)
+        return LocalExecutor(Limits(start=20, stop=0.3))
+
+    return made
+
+
+def test_a_whole_attempt(executor, tmp_path):
+    ProofWriter(tmp_path / "proof", 0)  # a counter file alone is no proof
+    attempt = executor("well").attempt(CELL, tmp_path, None)
+    assert attempt.started and attempt.failure is None and attempt.proofs == ()
+    assert attempt.kv_cache_tokens == 21824 and "stub" in attempt.log_tail
+    assert [phase.name for phase in attempt.phases] == ["model", "start", "workload", "stop"]
+    assert Transcript.load(tmp_path / "transcript.json") == attempt.transcript
+    assert all(len(answer.steps) > 0 for answer in attempt.transcript.answers)
+    assert gone(int(logged(tmp_path, r"stub (\d+)")))
+
+
+def test_without_asking_it_is_only_started(executor, tmp_path):
+    attempt = executor("well").attempt(CELL, tmp_path, None, ask=False)
+    assert attempt.started and attempt.failure is None and attempt.transcript is None
+
+
+def test_a_refusal_is_a_failure_before_the_start(executor, tmp_path):
+    attempt = executor("refused").attempt(CELL, tmp_path, None)
+    assert not attempt.started and attempt.failure.cause is Cause.REFUSED
+
+
+def test_a_death_while_answering_keeps_its_cause(executor, tmp_path):
+    attempt = executor("dies-answering").attempt(CELL, tmp_path, None)
+    assert attempt.started and "the engine fell over" in attempt.failure.reason and attempt.transcript is None
+
+
+def test_end_all_kills_what_runs(executor, tmp_path):
+    made, found = executor("silent"), []
+    thread = threading.Thread(target=lambda: found.append(made.attempt(CELL, tmp_path, None)))
+    thread.start()
+    pid = int(logged(tmp_path, r"stub (\d+)"))
+    made.end_all()
+    thread.join(20)
+    assert found[0].failure.cause is Cause.INTERRUPTED and gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("model", "serve", "dtype"),
+    [
+        ("recipe:llama-k4", (), "float32"),
+        ("recipe:llama-k4", (("dtype", "bfloat16"),), "bfloat16"),
+        ("org/model", (("dtype", "half"),), "float16"),
+        ("org/model", (), "bfloat16"),
+    ],
+)
+def test_dtypes(model, serve, dtype):
+    assert dtype_of(CELL.model_copy(update={"model": model, "serve": serve})) == dtype
