@@ -1,12 +1,9 @@
 """Triton kernels for the two ends of the exchange: pack before the All-to-All, combine after it.
 
-Both move each byte once. A row of D elements is cut into segments of WIDTH elements, the largest power of two that
-divides D (at most 128), so that head sizes such as 96, 192 or 576 waste no lane; a program handles BLOCK segments,
-which lie side by side in the exchange buffer. Sizes of BLOCK and the number of warps follow a rule measured on an
-H200 (``benchmarks/combine.py --sweep``); nothing is tuned at run time, nothing synchronises with the host, and every
-launch can be captured in a CUDA graph.
+Both move each byte once; nothing is tuned at run time, nothing synchronises with the host, and every launch can be
+captured in a CUDA graph (once it has run, and so compiled, outside of one).
 
-The merge means what ``merge.merge_partials`` means. It adds the ranks one after the other, 0 to N-1, in fp32, so that a
+The merge means what `merge.merge_partials` means. It adds the ranks one after the other, 0 to N-1, in fp32, so that a
 row's bits depend on its own partials and on nothing else: not on the batch around it, not on the launch's sizes, not
 on which rank computes it.
 """
@@ -16,161 +13,41 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
+from helix_runtime.combine.device_code import combine_kernel, pack_kernel
 from helix_runtime.combine.merge import LseBase
 
 #: What the kernels move, and the integers of the same width that pack moves it as.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-@triton.jit
-def _pack_kernel(
-    out_ptr,
-    lse_ptr,
-    send_out_ptr,
-    send_lse_ptr,
-    lengths_ptr,
-    starts_ptr,
-    rows,
-    sequences,
-    search_steps,
-    out_stride_b,
-    out_stride_h,
-    out_stride_d,
-    lse_stride_b,
-    lse_stride_h,
-    send_out_stride,
-    send_lse_stride,
-    HEADS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """Copy BLOCK segments of one destination. MASK: 0 none, 1 a length per row, 2 a length per sequence."""
-    rank = tl.program_id(1)
-    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = segment // SEGMENTS
-    inside = row < rows
-    part = (segment % SEGMENTS) * WIDTH
-    token = (row // HEADS).to(tl.int64)
-    head = rank * HEADS + row % HEADS
-    column = tl.arange(0, WIDTH)
-
-    # The row is read before anything is known of it: the loads of data, LSE and mask overlap, the selection is free.
-    source = token * out_stride_b + head * out_stride_h + part * out_stride_d
-    bits = tl.load(out_ptr + source[:, None] + column[None, :] * out_stride_d, mask=inside[:, None], other=0)
-    lse = tl.load(lse_ptr + token * lse_stride_b + head * lse_stride_h, mask=inside, other=0.0).to(tl.float32)
-
-    # NaN and +inf stay: they mean that something is broken, and the merge says so (see merge.py).
-    live = lse != -float("inf")
-    if MASK == 1:
-        live = live & (tl.load(lengths_ptr + token, mask=inside, other=0) > 0)
-    if MASK == 2:
-        # Which sequence owns the token: the number of ends at or before it. Tokens past the last end are padding.
-        low = tl.full([BLOCK], 0, tl.int32)
-        high = low + sequences
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            searching = low < high
-            end = tl.load(starts_ptr + 1 + middle, mask=searching, other=0)
-            after = end <= token
-            low = tl.where(searching & after, middle + 1, low)
-            high = tl.where(searching & (end > token), middle, high)
-        live = live & (tl.load(lengths_ptr + low, mask=inside & (low < sequences), other=0) > 0)
-
-    bits = tl.where(live[:, None], bits, 0)
-    lse = tl.where(live, lse, -float("inf"))
-    target = send_out_ptr + rank.to(tl.int64) * send_out_stride + segment.to(tl.int64)[:, None] * WIDTH
-    tl.store(target + column[None, :], bits, mask=inside[:, None])
-    first = inside & (part == 0)
-    tl.store(send_lse_ptr + rank.to(tl.int64) * send_lse_stride + row, lse, mask=first)
-
-
-@triton.jit
-def _combine_kernel(
-    outputs_ptr,
-    lses_ptr,
-    merged_ptr,
-    merged_lse_ptr,
-    rows,
-    outputs_stride,
-    lses_stride,
-    RANKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BASE_E: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-):
-    """Merge RANKS partials of BLOCK segments, GROUP ranks at a time, rescaling what was summed before each group."""
-    segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = segment // SEGMENTS
-    inside = row < rows
-    offset = segment.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    scale: tl.constexpr = 1.4426950408889634 if BASE_E else 1.0
-    outputs_step = tl.cast(outputs_stride, tl.int64)
-    lses_step = tl.cast(lses_stride, tl.int64)
-
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.full([BLOCK], 0.0, tl.float32)
-    merged = tl.full([BLOCK, WIDTH], 0.0, tl.float32)
-    for first in range(0, RANKS, GROUP):
-        # The barrier keeps the compiler from sinking the wide loads to their uses, behind the wait for the LSEs: all
-        # of a group's loads wait for memory together. Without it a small batch pays the latency of memory twice.
-        partials = ()
-        for step in tl.static_range(GROUP):
-            source = outputs_ptr + (first + step) * outputs_step + offset
-            partials += (tl.load(source, mask=inside[:, None] & (first + step < RANKS), other=0.0),)
-        tl.debug_barrier()
-        lses = ()
-        for step in tl.static_range(GROUP):
-            source = lses_ptr + (first + step) * lses_step + row
-            lses += (tl.load(source, mask=inside & (first + step < RANKS), other=-float("inf")),)
-
-        before = top
-        for step in tl.static_range(GROUP):
-            top = tl.where(lses[step] > top, lses[step], top)
-        # Rows without any live partial so far subtract 0: -inf - -inf would be NaN.
-        finite_top = tl.where(top == -float("inf"), 0.0, top)
-        shrink = tl.exp2((before - finite_top) * scale)
-        total *= shrink
-        merged *= shrink[:, None]
-        for step in tl.static_range(GROUP):
-            weight = tl.exp2((lses[step] - finite_top) * scale)
-            live = lses[step] != -float("inf")
-            merged += tl.where(live[:, None], partials[step].to(tl.float32), 0.0) * weight[:, None]
-            total += weight
-
-    merged = merged / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(merged_ptr + offset, merged.to(merged_ptr.dtype.element_ty), mask=inside[:, None])
-    if WRITE_LSE:
-        lse = tl.log(total) + (top if BASE_E else top * 0.6931471805599453)
-        tl.store(merged_lse_ptr + row, lse, mask=inside & (segment % SEGMENTS == 0))
-
-
 @dataclass(frozen=True)
 class Launch:
-    """Size of one program: `vectors` accesses of 16 bytes per thread (and rank), `warps` warps of 32 threads."""
+    """Size of one program: `access` bytes of each rank's rows per thread, `warps` warps of 32 threads."""
 
-    vectors: int
+    access: int
     warps: int
 
     def block(self, width: int, itemsize: int) -> int:
         """Segments of `width` elements that one program handles."""
-        return max(1, self.vectors * self.warps * 32 * 16 // itemsize // width)
+        return max(1, self.access * self.warps * 32 // itemsize // width)
 
 
-def pack_launch(nbytes: int) -> Launch:
-    """The launch of a pack of `nbytes` of output."""
-    return Launch(2, 4)
+# Measured on an H200, benchmarks/results/combine-sweep-h200.json: one size of program packs best at every size.
+_PACK = Launch(access=32, warps=4)
 
 
-def combine_launch(nbytes: int, ranks: int) -> Launch:
-    """The launch of a combine that reads `nbytes` of output from `ranks` ranks."""
-    return Launch(1, 4)
+def combine_launch(ranks: int, merged_bytes: int) -> Launch:
+    """The launch of a combine that writes `merged_bytes`, from the same measurements.
+
+    A combine wants many threads with little each: 8 bytes of every rank; 4 where it writes too little to fill the GPU
+    with threads of 8, and 4 for many ranks, whose partials would not fit the registers otherwise.
+    """
+    return Launch(access=4 if ranks > 32 or merged_bytes <= 64 << 10 else 8, warps=4)
+
+
+#: The most partials a combine holds in registers.
+MAX_RANKS = 64
 
 
 def pack(
@@ -207,11 +84,11 @@ def pack(
     sequences = _check_mask(lengths, query_start_loc, batch)
     if rows == 0:
         return
-    launch = launch or pack_launch(partial_output.numel() * partial_output.itemsize)
     width = _width(head_dim)
+    launch = launch or _PACK
     block = launch.block(width, outputs.itemsize)
     bits = _BITS[outputs.dtype]
-    _pack_kernel[(triton.cdiv(rows * (head_dim // width), block), ranks)](
+    pack_kernel[(triton.cdiv(rows * (head_dim // width), block), ranks)](
         partial_output.view(bits),
         partial_lse,
         outputs.view(bits),
@@ -257,6 +134,8 @@ def combine(
     ranks, batch, heads, head_dim = outputs.shape
     rows = batch * heads
     _check_exchange(outputs, lses)
+    if ranks > MAX_RANKS:
+        raise ValueError(f"{ranks} partials in one combine; at most {MAX_RANKS}")
     if out is None:
         out = outputs.new_empty((batch, heads, head_dim))
     if out.shape != outputs.shape[1:] or out.dtype != outputs.dtype or not out.is_contiguous():
@@ -264,10 +143,10 @@ def combine(
     lse = lses.new_empty((batch, heads)) if return_lse else None
     if rows == 0:
         return out, lse
-    launch = launch or combine_launch(outputs.numel() * outputs.itemsize, ranks)
     width = _width(head_dim)
+    launch = launch or combine_launch(ranks, out.numel() * out.itemsize)
     block = launch.block(width, outputs.itemsize)
-    _combine_kernel[(triton.cdiv(rows * (head_dim // width), block),)](
+    combine_kernel[(triton.cdiv(rows * (head_dim // width), block),)](
         outputs,
         lses,
         out,
@@ -276,7 +155,6 @@ def combine(
         outputs.stride(0),
         lses.stride(0),
         RANKS=ranks,
-        GROUP=min(ranks, 8),
         SEGMENTS=head_dim // width,
         WIDTH=width,
         BLOCK=block,
