@@ -1,0 +1,110 @@
+"""Interleaved GPU timing by graph replay, with every input read cold.
+
+Each candidate is a list of calls, one for each of K input sets. All K calls are captured in one CUDA graph, so a replay
+touches K different sets and no Python runs between kernels. Candidates take turns, round after round, in one process;
+before each replay 256 MB are read, which leaves nothing of any set in the L2. A time is the median over rounds of
+(replay time / K); a chain of K empty kernels measured the same way is the floor. `interleave_alone` replays graphs of
+one call each instead.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+Call = Callable[[], object]
+
+
+@triton.jit
+def _empty_kernel(pointer):
+    pass
+
+
+@triton.jit
+def _copy_kernel(target, source, count, BLOCK: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + offset, tl.load(source + offset, mask=offset < count), mask=offset < count)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: median, and the 10th and 90th percentile over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def empty_call() -> Call:
+    pointer = torch.zeros(1, device="cuda")
+    return lambda: _empty_kernel[(1,)](pointer, num_warps=1)
+
+
+def copy_calls(nbytes: int, sets: int) -> dict[str, list[Call]]:
+    """Copies that read nbytes / 2 and write nbytes / 2: the driver's, and a Triton kernel with 16-byte accesses."""
+    words = -(-nbytes // 2 // 16) * 4
+    pairs = [[torch.randint(0, 1 << 20, (words,), dtype=torch.int32, device="cuda") for _ in "st"] for _ in range(sets)]
+
+    def kernel(target: torch.Tensor, source: torch.Tensor) -> Call:
+        # 128 threads, four 16-byte accesses each
+        return lambda: _copy_kernel[(triton.cdiv(words, 2048),)](target, source, words, BLOCK=2048, num_warps=4)
+
+    return {
+        "copy_driver": [lambda t=t, s=s: t.copy_(s) for t, s in pairs],
+        "copy_kernel": [kernel(t, s) for t, s in pairs],
+    }
+
+
+def interleave(candidates: Mapping[str, Sequence[Call]], rounds: int = 40) -> dict[str, Timing]:
+    """Time the candidates against each other, K calls to a replay. Their calls must be safe to capture."""
+    return _time({name: [_capture(calls)] for name, calls in candidates.items()}, rounds)
+
+
+def interleave_alone(candidates: Mapping[str, Sequence[Call]], rounds: int = 120) -> dict[str, Timing]:
+    """The same with one call to a replay: each time then includes what starting a graph costs on the device."""
+    return _time({name: [_capture([call]) for call in calls[:16]] for name, calls in candidates.items()}, rounds)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    results: list[object]  # keep each call's output in memory of its own
+
+
+def _time(graphs: Mapping[str, Sequence[_Graph]], rounds: int) -> dict[str, Timing]:
+    flush = torch.zeros(64 << 20, dtype=torch.float32, device="cuda")
+    sink = torch.zeros((), device="cuda")
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    names = list(graphs)
+    for turn in range(rounds + 2):
+        events = []
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            replayed = graphs[name][turn % len(graphs[name])]
+            torch.sum(flush, 0, out=sink)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replayed.graph.replay()
+            end.record()
+            events.append((name, start, end, len(replayed.results)))
+        torch.cuda.synchronize()
+        if turn >= 2:  # the first two warm up
+            for name, start, end, calls in events:
+                samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _capture(calls: Sequence[Call]) -> _Graph:
+    calls[0]()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    return _Graph(graph, results)
+
+
+def _timing(values: list[float]) -> Timing:
+    deciles = statistics.quantiles(values, n=10)
+    return Timing(round(statistics.median(values), 3), round(deciles[0], 3), round(deciles[-1], 3))
