@@ -227,6 +227,39 @@ def test_what_does_not_fit_is_refused():
         packed(outputs[0], lses[0], 2, query_start_loc=torch.zeros(1, dtype=torch.int32, device=DEVICE))
 
 
+def test_chunks_and_their_lses_start_on_cache_lines():
+    layout = PackedLayout(ranks=3, batch=5, heads=1, head_dim=72, dtype=torch.bfloat16)
+    # 5 rows of 144 bytes are 720, rounded up to 768; 5 lses are 20 bytes, rounded up to 128
+    assert (layout.lse_offset, layout.chunk_bytes, layout.nbytes) == (768, 896, 2688)
+    buffer = torch.arange(layout.nbytes, device=DEVICE).to(torch.uint8)
+    outputs, lses = layout.outputs(buffer), layout.lses(buffer)
+    assert outputs[1].data_ptr() - buffer.data_ptr() == 896
+    assert lses[2].data_ptr() - buffer.data_ptr() == 2 * 896 + 768
+    with pytest.raises(ValueError, match="2688 bytes"):
+        layout.outputs(buffer[1:])
+
+
+def test_a_workspace_hands_out_the_same_memory_until_it_grows():
+    workspace = Workspace(DEVICE)
+    first = workspace.buffer("send", 1000)
+    assert workspace.buffer("send", 500).data_ptr() == first.data_ptr()
+    assert workspace.buffer("receive", 500).data_ptr() != first.data_ptr()
+    grown = workspace.buffer("send", 1100)
+    assert len(grown) == 1100 and grown.data_ptr() != first.data_ptr()
+    assert workspace.pinned_bytes() == 0
+
+
+def test_a_workspace_keeps_what_a_capture_saw(monkeypatch):
+    workspace = Workspace(DEVICE)
+    monkeypatch.setattr(Workspace, "_capturing", lambda self: True)
+    workspace.buffer("send", 1000)
+    monkeypatch.setattr(Workspace, "_capturing", lambda self: False)
+    workspace.buffer("send", 3000)
+    assert workspace.pinned_bytes() == 1024
+    workspace.buffer("send", 9000)  # nothing captured the second
+    assert workspace.pinned_bytes() == 1024
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_a_captured_exchange_outlives_the_growth_of_its_workspace():
