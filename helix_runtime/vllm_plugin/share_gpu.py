@@ -22,6 +22,9 @@ def admit(config) -> None:
     parallel = config.parallel_config
     if not current_platform.is_cuda():
         raise HelixRefusal("share_gpu needs a CUDA device; on CPU ranks share the machine anyway")
+    shared = [current_platform.device_id_to_physical_device_id(0)] * parallel.world_size
+    if parallel.assigned_physical_gpu_ids == shared:  # a configuration that was admitted before, built anew
+        return
     if current_platform.device_count() > 1 or parallel.assigned_physical_gpu_ids is not None:
         raise HelixRefusal(
             f"share_gpu puts all ranks on one GPU, but {current_platform.device_count()} are visible or --device-ids "
@@ -31,8 +34,7 @@ def admit(config) -> None:
         raise HelixRefusal(
             "share_gpu stages collectives through host memory, which CUDA graphs cannot capture; add --enforce-eager"
         )
-    physical = current_platform.device_id_to_physical_device_id(0)
-    parallel.assigned_physical_gpu_ids = [physical] * parallel.world_size
+    parallel.assigned_physical_gpu_ids = shared
     parallel.disable_custom_all_reduce = True
 
 
