@@ -241,9 +241,10 @@ class TestCapabilityRefusals:
 
     def test_hardware_alone(self):
         assert resolve_layout(4, 2, 16, 4, False, True, hardware="cpu").mode == "helix-gqa"
-        error = refusal(8, 8, 16, 1, True, True, hardware="cpu")
-        assert "HELIX_CPU_MLA: declared, not built" in str(error)
-        assert [layout.mode for layout in error.legal] == ["standard-tp"] * 3
+        assert resolve_layout(8, 8, 16, 1, True, True, hardware="cpu").mode == "helix-mla"
+        error = refusal(8, 8, 16, 1, True, True, hardware="ampere")
+        assert "TRITON_MLA" in str(error)
+        assert "helix-mla" not in {layout.mode for layout in error.legal}
 
     def test_a_known_limitation_resolves_and_says_so(self):
         layout = resolve_layout(8, 2, 32, 8, False, True, "FLASHINFER", "hopper")
@@ -292,7 +293,9 @@ class TestLegalLayouts:
         assert caught.value.rule == rule
 
     def test_a_limit_of_the_hardware_leaves_layouts_out(self):
-        assert {layout.mode for layout in legal_layouts(16, None, True, 8, hardware="cpu")} == {"standard-tp"}
+        modes = {layout.mode for layout in legal_layouts(16, None, True, 8, hardware="ampere")}
+        assert modes == {"standard-tp", "standard-dcp"}
+        assert "helix-mla" in {layout.mode for layout in legal_layouts(16, None, True, 8, hardware="cpu")}
 
 
 class TestLayoutProperties:
@@ -428,6 +431,7 @@ class TestCapabilities:
         }
         assert [key for key, value in support.items() if value is Support.SUPPORTED] == [
             ("CPU_ATTN", "standard-tp"), ("HELIX_CPU", "standard-dcp"), ("HELIX_CPU", "helix-gqa"),
+            ("HELIX_CPU_MLA", "standard-dcp"), ("HELIX_CPU_MLA", "helix-mla"),
         ]  # fmt: skip
         assert declare("HELIX_CPU", "cpu", "helix-gqa").lse_base == "e"
         assert not declare("CPU_ATTN", "cpu", "standard-dcp").lse
@@ -442,7 +446,7 @@ class TestCapabilities:
             ("blackwell-rtx", "helix-mla", True, "TRITON_MLA"),
             ("cpu", "standard-tp", False, "CPU_ATTN"),
             ("cpu", "helix-gqa", False, "HELIX_CPU"),
-            ("cpu", "standard-dcp", True, None),
+            ("cpu", "standard-dcp", True, "HELIX_CPU_MLA"),
             ("ampere", "helix-gqa", False, None),
         ],
     )
@@ -462,7 +466,7 @@ class TestCapabilities:
                 assert row.declared.lse, row
 
     def test_backends_of_a_host(self):
-        assert capabilities.backends("cpu") == ("CPU_ATTN", "CPU_MLA", "AMX_MLA", "HELIX_CPU")
+        assert capabilities.backends("cpu") == ("CPU_ATTN", "CPU_MLA", "AMX_MLA", "HELIX_CPU", "HELIX_CPU_MLA")
         assert capabilities.backends("hopper", mla=True) == ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
 
     @pytest.mark.parametrize(
