@@ -179,6 +179,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def table_alone(rows: list[dict]) -> str:
+    """Markdown: medians of graphs of one call each, in microseconds, and their limit."""
+    lines = ["| size | kernel | ours | vLLM | copy | empty | limit |", "|" + " --- |" * 7]
+    for row in rows:
+        if "us_alone" not in row:
+            continue
+        us = {name: values[0] for name, values in row["us_alone"].items()}
+        limit = max(us.get("vllm", 0.0) / 2, 1.25 * us["empty"])
+        values = [
+            us["ours"],
+            us.get("vllm", float("nan")),
+            min(us["copy_driver"], us["copy_kernel"]),
+            us["empty"],
+            limit,
+        ]
+        lines.append(f"| {row['case']} | {row['operation']} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-ops", type=Path, help="a copy of vllm/v1/attention/ops/dcp.py, where vLLM is absent")
@@ -188,7 +207,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the table of these results")
     options = parser.parse_args()
     if options.table:
-        print(table(json.loads(options.table.read_text())["rows"]))
+        rows = json.loads(options.table.read_text())["rows"]
+        print(table(rows), table_alone(rows), sep="\n\n")
         return
     if not torch.cuda.is_available():
         sys.exit("benchmarks.combine needs a CUDA device")
@@ -222,7 +242,7 @@ def main() -> None:
     for case, operation in itertools.product(chosen(JUDGED + OTHERS), ("combine", "pack")):
         results["rows"].append(measure(case, operation, vllm))
         keep()
-    print(table(results["rows"]))
+    print(table(results["rows"]), table_alone(results["rows"]), sep="\n\n")
     print(json.dumps(results["errors"], indent=1))
 
 
