@@ -3,6 +3,7 @@
 A recipe is a frozen value and a builder; `ensure` makes its folder once (config, weights, tokenizer) and returns it.
 """
 
+from harness.models.deepseek import MlaRecipe
 from harness.models.recipe import RECIPES, Recipe, ensure, shape
 
-__all__ = ["RECIPES", "Recipe", "ensure", "shape"]
+__all__ = ["RECIPES", "MlaRecipe", "Recipe", "ensure", "shape"]

@@ -1,7 +1,10 @@
 """The recipes' models in fp64 numpy: a second opinion on a server's logprobs, and the ruler of `card.py`."""
 
+from typing import NamedTuple
+
 import numpy as np
 
+from harness.models.deepseek import MlaRecipe, yarn_frequencies
 from harness.models.recipe import Recipe
 from harness.models.weights import Arrays
 
@@ -41,26 +44,57 @@ class Forward:
         return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
     def _attention(self, layer: int, h: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        recipe, weights, at = self.recipe, self.weights, f"model.layers.{layer}.self_attn."
-        count, dim = len(h), recipe.head_dim
-        q = (h @ weights[at + "q_proj.weight"].T).reshape(count, recipe.heads, dim)
-        k = (h @ weights[at + "k_proj.weight"].T).reshape(count, recipe.kv_heads, dim)
-        v = (h @ weights[at + "v_proj.weight"].T).reshape(count, recipe.kv_heads, dim)
-        if recipe.qk_norm:
-            q, k = _norm(q, weights[at + "q_norm.weight"]), _norm(k, weights[at + "k_norm.weight"])
-        q, k = _rope(q, positions, recipe.rope_theta), _rope(k, positions, recipe.rope_theta)
+        at = f"model.layers.{layer}.self_attn."
+        make = self._latent if isinstance(self.recipe, MlaRecipe) else self._grouped
+        q, k, v, scale = make(at, h, positions)
         k, v = _append(self.keys[layer], k), _append(self.values[layer], v)
         self.keys[layer], self.values[layer] = k, v
-        share = recipe.heads // recipe.kv_heads
-        scores = np.einsum("thd,shd->hts", q, np.repeat(k, share, axis=1)) / np.sqrt(dim)
+        share = self.recipe.heads // k.shape[1]
+        scores = np.einsum("thd,shd->hts", q, np.repeat(k, share, axis=1)) * scale
         seen = np.arange(len(k))[None, :] <= positions[:, None]
         own = np.arange(len(k))[None, :] == positions[:, None]  # a token always sees itself: no empty row
         seen &= ~np.isin(np.arange(len(k)), self.hide)[None, :] | own
         scores = np.where(seen[None], scores, -np.inf)
         scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
         scores /= scores.sum(axis=-1, keepdims=True)
-        out = np.einsum("hts,shd->thd", scores, np.repeat(v, share, axis=1)).reshape(count, recipe.heads * dim)
-        return out @ weights[at + "o_proj.weight"].T
+        out = np.einsum("hts,shd->thd", scores, np.repeat(v, share, axis=1)).reshape(len(h), -1)
+        return out @ self.weights[at + "o_proj.weight"].T
+
+    def _grouped(self, at: str, h: np.ndarray, positions: np.ndarray) -> "Projected":
+        """Grouped-query attention."""
+        recipe, weights, count, dim = self.recipe, self.weights, len(h), self.recipe.head_dim
+        q = (h @ weights[at + "q_proj.weight"].T).reshape(count, recipe.heads, dim)
+        k = (h @ weights[at + "k_proj.weight"].T).reshape(count, recipe.kv_heads, dim)
+        v = (h @ weights[at + "v_proj.weight"].T).reshape(count, recipe.kv_heads, dim)
+        if recipe.qk_norm:
+            q, k = _norm(q, weights[at + "q_norm.weight"]), _norm(k, weights[at + "k_norm.weight"])
+        frequencies = recipe.rope_theta ** (-np.arange(dim // 2) / (dim // 2))
+        q, k = _rope(q, positions, frequencies), _rope(k, positions, frequencies)
+        return Projected(q, k, v, 1 / np.sqrt(dim))
+
+    def _latent(self, at: str, h: np.ndarray, positions: np.ndarray) -> "Projected":
+        """Multi-head latent attention, unabsorbed: every head's own keys and values."""
+        recipe, weights, count, heads = self.recipe, self.weights, len(h), self.recipe.heads
+        frequencies = yarn_frequencies(recipe)
+        q = (h @ weights[at + "q_proj.weight"].T).reshape(count, heads, recipe.nope + recipe.rope)
+        down = h @ weights[at + "kv_a_proj_with_mqa.weight"].T
+        latent = _norm(down[:, : recipe.latent], weights[at + "kv_a_layernorm.weight"])
+        up = (latent @ weights[at + "kv_b_proj.weight"].T).reshape(count, heads, recipe.nope + recipe.value)
+        q_rope = _rope(_split_pairs(q[..., recipe.nope :]), positions, frequencies)
+        k_rope = _rope(_split_pairs(down[:, None, recipe.latent :]), positions, frequencies)
+        k_rope = np.repeat(k_rope, heads, axis=1)
+        q = np.concatenate([q[..., : recipe.nope], q_rope], axis=-1)
+        k = np.concatenate([up[..., : recipe.nope], k_rope], axis=-1)
+        return Projected(q, k, up[..., recipe.nope :], recipe.scale)
+
+
+class Projected(NamedTuple):
+    """Queries `[T, Q, D]`, keys `[T, K, D]`, values `[T, K, V]` and what q.k is multiplied by."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    scale: float
 
 
 def _append(cache: np.ndarray | None, new: np.ndarray) -> np.ndarray:
@@ -71,10 +105,15 @@ def _norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + EPSILON) * weight
 
 
-def _rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """Rotary embedding of `x` `[T, H, D]` in the split-half convention of Llama."""
+def _split_pairs(x: np.ndarray) -> np.ndarray:
+    """Neighbouring pairs (DeepSeek's convention) to split halves (Llama's); q.k is the same in both."""
+    return np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+
+
+def _rope(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """Rotary embedding of `x` `[T, H, D]` in the split-half convention of Llama; `frequencies` `[D / 2]`."""
     half = x.shape[-1] // 2
-    angles = positions[:, None] * theta ** (-np.arange(half) / half)
+    angles = positions[:, None] * frequencies
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     first, second = x[..., :half], x[..., half:]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -5,6 +5,7 @@ token decides. Here the sizes are chosen so that attention scores spread (`sprea
 embedding (`attention` against `embedding`), and logits spread (`contrast`); `card.py` measures what comes of it.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +19,9 @@ GENERATOR = 1
 Arrays = dict[str, np.ndarray]
 
 
-def make_weights(recipe: "Recipe") -> Arrays:
-    """Hugging Face names -> fp32 arrays, `[out, in]`, from the recipe's seed."""
-    random = np.random.Generator(np.random.PCG64(recipe.seed))
+def filler(seed: int) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray], np.random.Generator]:
+    """Makers of a model's arrays, `normal(rows, columns, size)` and `ones(count, size=1)`, and their generator."""
+    random = np.random.Generator(np.random.PCG64(seed))
 
     def normal(rows: int, columns: int, size: float) -> np.ndarray:
         """A matrix that turns an input of unit RMS into an output of RMS `size`."""
@@ -29,6 +30,12 @@ def make_weights(recipe: "Recipe") -> Arrays:
     def ones(count: int, size: float = 1.0) -> np.ndarray:
         return np.full(count, size, dtype=np.float32)
 
+    return normal, ones, random
+
+
+def make_weights(recipe: "Recipe") -> Arrays:
+    """Hugging Face names -> fp32 arrays, `[out, in]`, from the recipe's seed."""
+    normal, ones, random = filler(recipe.seed)
     hidden, heads, kv_heads, head_dim = recipe.hidden, recipe.heads, recipe.kv_heads, recipe.head_dim
     # q.k / sqrt(D) of two vectors with RMS a and b has standard deviation a.b: each gets the root of the spread.
     side = float(np.sqrt(recipe.spread))

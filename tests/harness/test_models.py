@@ -28,6 +28,13 @@ def test_shapes_of_the_recipes(name, kv_heads):
     assert made.name == f"recipe:{name}"
 
 
+def test_shape_of_the_latent_recipe():
+    made = shape("recipe:deepseek-v2")
+    assert made.use_mla and made.moe.first_dense_layers == 99
+    assert (made.num_query_heads, made.num_kv_heads, made.head_size) == (8, 1, 576)
+    assert (made.mla.kv_lora_rank, made.mla.qk_nope_head_dim, made.mla.v_head_dim) == (512, 128, 128)
+
+
 def test_a_model_folder_is_complete(cache):
     folder = ensure("recipe:qwen3-k4")
     assert folder.parent == cache
@@ -75,7 +82,7 @@ def test_unknown_and_repeated_names_are_refused():
         recipe(lambda: RECIPES["llama-k2"])
 
 
-@pytest.mark.parametrize("name", ["llama-k2", "qwen3-k4"])
+@pytest.mark.parametrize("name", ["llama-k2", "qwen3-k4", "deepseek-v2"])
 def test_our_forward_agrees_with_transformers(name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
