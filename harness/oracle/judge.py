@@ -46,8 +46,9 @@ def judge(baseline: Transcript, candidate: Transcript, band: Band) -> Judgement:
     reason = f"{first.name} is {first.value:.3g} {first.unit}, bound {first.bound:g}"
     if first.note:
         reason += f" ({first.note})"
-    if found.steps and not first.note:
-        worst = max(found.steps, key=lambda step: step.widest)
+    of_phase = [step for step in found.steps if (step.step == 0) == first.name.startswith("prefill")]
+    if of_phase and not first.note:
+        worst = max(of_phase, key=lambda step: step.widest)
         reason += f"; most at step {worst.step} of prompt {worst.prompt}"
     return Judgement(agree=False, reason=reason, statistics=statistics, differences=shown)
 

@@ -63,6 +63,9 @@ def test_prefill_and_decode_are_judged_apart():
     off = step(1, t1=-0.8, t2=-1.5)
     prefill = judge(transcript(("p", (ONE, TWO))), transcript(("p", (off, TWO))), BAND)
     assert not prefill.agree and prefill.reason.startswith("prefill: largest logprob change is 0.3 nat")
+    worse = step(2, t2=-0.9, t1=-3.0)  # decode is further off, but the sentence is about prefill
+    both = judge(transcript(("p", (ONE, TWO))), transcript(("p", (off, worse))), BAND)
+    assert both.reason.endswith("most at step 0 of prompt p") and both.differences[0].step == 1
     decode = judge(transcript(("p", (TWO, ONE))), transcript(("p", (TWO, off))), BAND)
     assert not decode.agree and decode.reason.startswith("decode: largest logprob change")
     worst = decode.differences[0]
