@@ -1,5 +1,6 @@
 """What one worker needs to merge its partials with those of its KVP group, in one value shared by all its layers."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,7 +8,8 @@ import torch
 
 from helix_runtime.layout import Layout
 from helix_runtime.proof import ProofWriter
-from helix_runtime.vllm_plugin.faults import Fault
+from helix_runtime.vllm_plugin.capture import Capture
+from helix_runtime.vllm_plugin.faults import NOTHING_ARMED, ArmedFault, Fault, Site
 
 
 @dataclass
@@ -16,8 +18,9 @@ class ContextParallel:
 
     comm: vLLM's `--dcp-comm-backend`, `a2a` or `ag_rs`. combine: partials [B, H, D] and [B, H] (natural log, fp32) of
     this shard -> merged output [B, H / KVP, D] of the heads this rank owns; combine_name: the function behind it.
-    counts_tokens: also count tokens written, which on a GPU costs a synchronisation a layer. fault: harmless unless a
-    deliberate defect is armed.
+    counts_tokens: also count tokens written, which on a GPU costs a synchronisation a layer. armed: the deliberate
+    defect, if any. capture: compares every merge with fp64, if asked for. site: the attention call that is running;
+    to_check: its inputs, where attention and combine are called apart (MLA) and a capture wants them.
     """
 
     layout: Layout
@@ -28,7 +31,10 @@ class ContextParallel:
     make_combine: Callable[["ContextParallel"], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     combine_name: str
     counts_tokens: bool
-    fault: Fault = field(default_factory=Fault)
+    armed: ArmedFault = NOTHING_ARMED
+    capture: Capture | None = None
+    site: Site | None = field(default=None, init=False)
+    to_check: dict = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self.combine = self.make_combine(self)
@@ -42,12 +48,26 @@ class ContextParallel:
         return self.layout.kvp_rank(self.rank)
 
     @property
+    def fault(self) -> Fault:
+        """What strikes the attention call that is running; harmless outside of one."""
+        return self.armed.at(self.site) if self.site else NOTHING_ARMED.fault
+
+    def enter(self, layer_name: str, requests: int, decode: bool, reads_context: bool) -> Site:
+        """Say which attention call runs now."""
+        layer = int(_LAYER.search(layer_name).group(1))
+        first = self.layout.query_heads_computed(self.rank).start
+        self.site = Site(layer, self.kvp_rank, requests, decode, reads_context, first)
+        return self.site
+
+    @property
     def helix(self) -> bool:
         return self.layout.mode.startswith("helix")
 
 
 #: Names in reports of implementations of ours, which inside vLLM keep the name of the stock backend they extend.
 BACKEND_NAMES = {"HelixCPUAttentionImpl": "HELIX_CPU", "HelixCPUMLAImpl": "HELIX_CPU_MLA"}
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 _current: ContextParallel | None = None
 

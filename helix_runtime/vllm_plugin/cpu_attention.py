@@ -58,6 +58,7 @@ class HelixCPUMetadata:
     local_seq_lens: torch.Tensor
     block_table: torch.Tensor
     empty_shards: int
+    reads_context: bool
 
     @property
     def decode_only(self) -> bool:
@@ -70,14 +71,16 @@ class HelixCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         requests = common.num_reqs
         seq_lens = common.seq_lens[:requests]
         local = local_lengths(seq_lens, context.kvp, context.kvp_rank, context.interleave)
+        new = common.query_start_loc[1 : requests + 1] - common.query_start_loc[:requests]
         return HelixCPUMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
             query_start_loc=common.query_start_loc[: requests + 1],
             seq_lens=seq_lens,
-            local_seq_lens=context.fault.local_lengths(local, context.kvp_rank),
+            local_seq_lens=local,
             block_table=common.block_table_tensor[:requests],
             empty_shards=int((local == 0).sum()),
+            reads_context=bool(((new > 1) & (seq_lens > new)).any()),
         )
 
 
@@ -94,29 +97,36 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
         """query [T, heads, D] -> output [T, owned heads, D], in place. The cache already holds key and value."""
         if attn_metadata is None:  # warming up
             return output.zero_()
-        context, tokens = current(), attn_metadata.num_actual_tokens
+        context, tokens, metadata = current(), attn_metadata.num_actual_tokens, attn_metadata
+        site = context.enter(layer.layer_name, len(metadata.seq_lens), metadata.decode_only, metadata.reads_context)
         query = query[:tokens]
         if not context.helix:
             query = _gather_queries(query)
+        shard = {
+            "query": query,
+            "key_cache": kv_cache[..., : self.head_size],
+            "value_cache": kv_cache[..., self.head_size :],
+            "block_table": metadata.block_table,
+            "query_start_loc": metadata.query_start_loc,
+            "seq_lens": metadata.seq_lens,
+            "scale": self.scale,
+        }
         partial_output, partial_lse = paged_partial_attention(
-            query,
-            kv_cache[..., : self.head_size],
-            kv_cache[..., self.head_size :],
-            attn_metadata.block_table,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            local_seq_lens=attn_metadata.local_seq_lens,
+            **shard,
+            local_seq_lens=context.fault.local_lengths(metadata.local_seq_lens, site),
             kvp=context.kvp,
             kvp_rank=context.kvp_rank,
             interleave=context.interleave,
-            scale=self.scale,
             softcap=self.logits_soft_cap or None,
         )
-        output[:tokens] = context.combine(partial_output, partial_lse)
-        phase = "decode" if attn_metadata.decode_only else "prefill"
+        merged = context.combine(partial_output, partial_lse)
+        output[:tokens] = merged
+        if context.capture:
+            context.capture.check(context, site, **shard, merged=merged)
+        phase = "decode" if site.decode else "prefill"
         context.proof.count(f"{phase}_attention")
         context.proof.count(f"{phase}_combine")
-        context.proof.count("empty_shard", attn_metadata.empty_shards)
+        context.proof.count("empty_shard", metadata.empty_shards)
         return output
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):

@@ -25,7 +25,10 @@ def _init_combine(original):
         def combine(partial_output, partial_lse, *, seq_lens, query_start_loc):
             context = current()
             context.proof.count("decode_combine")
-            return context.combine(partial_output, partial_lse)
+            merged = context.combine(partial_output, partial_lse)
+            if context.capture:
+                context.capture.check(context, context.site, **context.to_check, merged=merged)
+            return merged
 
         return combine
 
@@ -64,22 +67,27 @@ class HelixCPUMLAImpl(CPUMLAImpl):
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         """q [B, H, 576] of the whole group -> (output [B, H, 512], natural LSE [B, H]) over this rank's shard."""
         context, decode = current(), attn_metadata.decode
+        site = context.enter(layer.layer_name, len(decode.seq_lens), decode=True, reads_context=False)
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
         latents = kv_c_and_k_pe_cache.unsqueeze(1)
-        local = context.fault.local_lengths(decode.seq_lens, context.kvp_rank)
+        shard = {
+            "query": query,
+            "key_cache": latents,
+            "value_cache": latents[..., : self.kv_lora_rank],
+            "block_table": decode.block_table,
+            "query_start_loc": torch.arange(query.shape[0] + 1),
+            "seq_lens": decode.dcp_tot_seq_lens,
+            "scale": self.scale,
+        }
         output, lse = paged_partial_attention(
-            query,
-            latents,
-            latents[..., : self.kv_lora_rank],
-            decode.block_table,
-            torch.arange(query.shape[0] + 1),
-            decode.dcp_tot_seq_lens,
-            local_seq_lens=local,
+            **shard,
+            local_seq_lens=context.fault.local_lengths(decode.seq_lens, site),
             kvp=context.kvp,
             kvp_rank=context.kvp_rank,
             interleave=context.interleave,
-            scale=self.scale,
         )
+        if context.capture:
+            context.to_check = shard
         context.proof.count("decode_attention")
         context.proof.count("empty_shard", int((decode.seq_lens == 0).sum()))
         return output, lse

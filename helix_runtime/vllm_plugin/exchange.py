@@ -30,7 +30,7 @@ def _ours(context: ContextParallel):
 
     def combine(partial_output: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
         fault = context.fault
-        partial_output, partial_lse = fault.partial(partial_output, partial_lse, context.kvp_rank)
+        partial_output, partial_lse = fault.partial(partial_output, partial_lse, context.site)
         return COMBINES[context.comm](
             partial_output, partial_lse, group, lse_base=fault.lse_base, collectives=fault.collectives(DIST)
         )

@@ -99,10 +99,9 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
         scheduler_metadata=metadata.scheduler_metadata,
         **common,
     )
-    context_output, context_lse = context.fault.partial(context_output, context_lse.transpose(0, 1), context.kvp_rank)
     merged, merged_lse = impl.dcp_combine(
         context_output,
-        context_lse.contiguous(),
+        context_lse.transpose(0, 1).contiguous(),
         upstream.get_dcp_group(),
         return_lse=True,
         seq_lens=metadata.dcp_context_kv_lens,

@@ -16,6 +16,7 @@ class HelixOptions:
     allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
     share_gpu: all ranks on one GPU, for validation on a machine that has one (`share_gpu.py`).
     proof_dir: folder for each worker's proof of path; None writes none.
+    capture: compare every merged attention with fp64 and write the first that differs into proof_dir (`capture.py`).
     fault: name of a deliberate defect (`faults.py`), for the oracle's own test.
     """
 
@@ -23,6 +24,7 @@ class HelixOptions:
     allow_gqa_tpa1: bool = False
     share_gpu: bool = False
     proof_dir: str | None = None
+    capture: bool = False
     fault: str | None = None
 
 

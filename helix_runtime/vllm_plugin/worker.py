@@ -59,6 +59,7 @@ def _load_model(original, options: HelixOptions, layout):
     def load_model(self, *args, **kwargs):
         from vllm.platforms import current_platform
 
+        from helix_runtime.vllm_plugin.capture import Capture, group_gather
         from helix_runtime.vllm_plugin.context_parallel import ContextParallel, set_current
         from helix_runtime.vllm_plugin.exchange import combine_of
         from helix_runtime.vllm_plugin.faults import make_fault
@@ -79,7 +80,9 @@ def _load_model(original, options: HelixOptions, layout):
         set_current(context)
         original(self, *args, **kwargs)
         self_test(context, self.device)
-        context.fault = make_fault(options.fault)
+        context.armed = make_fault(options.fault)
+        if options.capture and options.proof_dir:
+            context.capture = Capture(options.proof_dir, self.rank, group_gather(), self.vllm_config.model_config.dtype)
         context.proof.identify(rank_proof(self, context))
 
     return load_model

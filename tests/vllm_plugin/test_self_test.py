@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from helix_runtime.combine.merge import merge_partials
-from helix_runtime.vllm_plugin.faults import FAULTS, make_fault
+from helix_runtime.vllm_plugin.faults import FAULTS, Site, make_fault
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 from helix_runtime.vllm_plugin.self_test import expected, self_test, tagged_partial
 
 KVP = 2
+
+
+def site(kvp_rank: int) -> Site:
+    return Site(layer=0, kvp_rank=kvp_rank, requests=1, decode=True, reads_context=False, first_head=0)
 
 
 @dataclass
@@ -25,8 +29,8 @@ class OneProcess:
     comm: str = "a2a"
 
     def combine(self, output, lse):
-        fault = make_fault(self.defect)
-        parts = [fault.partial(*(t.float() for t in tagged_partial(rank, KVP)), rank) for rank in range(KVP)]
+        fault = make_fault(self.defect).fault
+        parts = [fault.partial(*(t.float() for t in tagged_partial(rank, KVP)), site(rank)) for rank in range(KVP)]
         merged, _ = merge_partials(
             torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]), fault.lse_base
         )
