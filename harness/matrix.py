@@ -74,17 +74,18 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[Planne
             skip=skips[place],
         )
 
+    def add_with_baseline(cell: Cell, suite: str, declaration: Declaration) -> None:
+        base = None
+        if declaration.verdict is not Verdict.REJECTED and (made := baseline_of(cell)) is not None:
+            # One object per baseline: its key and id are then hashed once, not once a dependent.
+            base = baselines.setdefault(made, made)
+            add_with_baseline(base, suite, declare(base))
+        add(cell, suite, declaration, base)
+
     for suite in suites:
         for group in suite.groups:
             for cell in cells_of(group, suite):
-                declaration = declare(cell, group.refusal)
-                base = None
-                if not cell.baseline and declaration.verdict is not Verdict.REJECTED:
-                    # One object per baseline: its key and id are then hashed once, not once a dependent.
-                    made = baseline_of(cell)
-                    base = baselines.setdefault(made, made)
-                    add(base, suite.name, declare(base), None)
-                add(cell, suite.name, declaration, base)
+                add_with_baseline(cell, suite.name, declare(cell, group.refusal))
     return list(plan.values())
 
 
@@ -112,8 +113,16 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
                 )
 
 
-def baseline_of(cell: Cell) -> Cell:
-    """The standard-TP cell with the same TP, model, serve options and workload, on stock attention."""
+def baseline_of(cell: Cell) -> Cell | None:
+    """What `cell` is compared with: standard TP with the same TP, model, options and workload, on stock attention.
+
+    A baseline on several ranks is itself compared with one rank where its model is small enough to be made on the spot
+    (a recipe); TP1 has nothing to be compared with.
+    """
+    if cell.baseline:
+        if cell.tp == 1 or not cell.model.startswith("recipe:"):
+            return None
+        return cell.model_copy(update={"tp": 1, "workload": f"{cell.workload}@{cell.tp}", "expect": None, "why": None})
     return Cell(
         mode=Mode.STANDARD_TP,
         backend=STOCK_ON_CPU.get(cell.backend, cell.backend),

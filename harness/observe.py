@@ -19,7 +19,7 @@ class Observation(NamedTuple):
 
 
 def observe(item: PlannedCell, attempt: Attempt, baseline: Transcript | None) -> Observation:
-    """The verdict of one cell. `baseline` is None for baselines and declared refusals only."""
+    """The verdict of one cell. `baseline` is None for references and declared refusals only."""
     if item.declared is Verdict.REJECTED:
         return _refusal(item, attempt)
     if attempt.failure is not None:
@@ -27,14 +27,16 @@ def observe(item: PlannedCell, attempt: Attempt, baseline: Transcript | None) ->
     transcript = attempt.transcript
     if transcript is None:
         return Observation(Verdict.ERROR, "the server was not asked")
-    if item.cell.baseline:
-        return _baseline(transcript)
+    if item.cell.baseline and item.baseline is None:
+        return _reference(transcript)
     if baseline is None:
         return Observation(Verdict.ERROR, "there is no baseline to compare with")
     try:
         judgement = judge(baseline, transcript, band_of(transcript.dtype))
     except (KeyError, ValueError) as problem:
         return Observation(Verdict.ERROR, f"cannot compare: {problem.args[0]}")
+    if item.cell.baseline:
+        return _baseline(transcript, judgement)
     return _compared(item, attempt, judgement)
 
 
@@ -61,8 +63,18 @@ def _failed(attempt: Attempt) -> Observation:
     return Observation(Verdict.ERROR, f"the server failed {when}: {failure.cause}: {failure.reason}")
 
 
-def _baseline(transcript: Transcript) -> Observation:
-    """A baseline is the reference: it passes when it answered all."""
+def _baseline(transcript: Transcript, judgement: Judgement) -> Observation:
+    """A baseline on several ranks must itself agree with one rank; a difference is a defect of stock vLLM, or noise."""
+    seen = _reference(transcript)
+    if seen.verdict is not Verdict.PASS:
+        return seen
+    if not judgement.agree:
+        return Observation(Verdict.FAIL, f"standard TP itself differs from TP1: {judgement.reason}", judgement)
+    return Observation(Verdict.PASS, f"{seen.reason}; against TP1, {judgement.reason}", judgement)
+
+
+def _reference(transcript: Transcript) -> Observation:
+    """A cell that others are compared with: it passes when it answered all."""
     silent = [answer.prompt for answer in transcript.answers if not answer.steps]
     if silent:
         return Observation(Verdict.ERROR, f"no answer to {len(silent)} prompts, the first is {silent[0]}")

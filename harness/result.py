@@ -53,6 +53,7 @@ class CellResult(Frozen):
     kv_cache_tokens: int | None = None
     phases: tuple[Phase, ...] = ()
     transcript_digest: str | None = None
+    localisation: str = ""  # of a failed cell: the first layer, head and rank that went wrong
     attempts: int = 1
     started: str = ""  # ISO 8601, UTC
 

@@ -15,6 +15,7 @@ from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor
 from harness.hardware import detect
 from harness.ledger import Ledger, now
+from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, observe
 from harness.result import CellResult
@@ -120,18 +121,21 @@ class _Run:
             follow = self.references[item.baseline.key] if item.baseline else None
             try:
                 ask = item.declared is not Verdict.REJECTED
-                attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), follow, ask)
+                # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
+                forced = None if cell.baseline else follow
+                attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), forced, ask)
                 seen = observe(item, attempt, follow)
             except Exception as problem:
                 where = traceback.extract_tb(problem.__traceback__)[-1]
                 said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"
                 seen = Observation(Verdict.ERROR, said)
+        where = self._localise(item, seen)
         if self.executor.cancel.is_set() and item.skip is None:
             return
         if cell.baseline:
             complete = attempt is not None and seen.verdict is Verdict.PASS
             self.references[cell.key] = attempt.transcript if complete else None
-        result = self._result(item, seen, attempt, started)
+        result = self._result(item, seen, attempt, started, where)
         self.results[cell.key] = result
         self.ledger.result(result)
         if item.skip is None:
@@ -143,7 +147,21 @@ class _Run:
         failed = self.results.get(baseline.key)
         return f"its baseline {baseline.id} gave no reference: {failed.reason if failed else 'it did not finish'}"
 
-    def _result(self, item: PlannedCell, seen: Observation, attempt: Attempt | None, started: str) -> CellResult:
+    def _localise(self, item: PlannedCell, seen: Observation) -> str:
+        """For answers that differ: one more run with capture on, told as a sentence. Never changes the verdict."""
+        if seen.verdict is not Verdict.FAIL or seen.judgement is None or not can_localise(item.cell):
+            return ""
+        self.progress(f"localise  {item.cell.id}")
+        folder = self.run_dir / "cells" / folder_name(item.cell) / "capture"
+        try:
+            self.executor.attempt(with_capture(item.cell), folder, self.references[item.baseline.key])
+            return describe(folder / "proof")
+        except Exception as problem:
+            return f"localisation failed: {type(problem).__name__}: {problem}"
+
+    def _result(
+        self, item: PlannedCell, seen: Observation, attempt: Attempt | None, started: str, where: str
+    ) -> CellResult:
         judged = seen.judgement
         return CellResult(
             cell=item.cell,
@@ -163,6 +181,7 @@ class _Run:
             kv_cache_tokens=attempt.kv_cache_tokens if attempt else None,
             phases=attempt.phases if attempt else (),
             transcript_digest=attempt.transcript.digest() if attempt and attempt.transcript else None,
+            localisation=where,
             attempts=1 if attempt else 0,
             started=started,
         )

@@ -51,14 +51,18 @@ class Workload(Frozen):
 
 
 def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
-    """The workload of `cell` and of its baseline. `vocab`, `max_model_len` (tokens) are the model's."""
+    """The workload of `cell` and of its baseline. `vocab`, `max_model_len` (tokens) are the model's.
+
+    `PROFILE@TP` asks a cell (TP1, the reference of baselines) what cells with that TP are asked.
+    """
     serve = dict(cell.serve)
+    profile, _, tp = cell.workload.partition("@")
     return make_workload(
-        tp=cell.tp,
+        tp=int(tp or cell.tp),
         block=int(serve.get("block-size", DEFAULT_BLOCK)),
         vocab=vocab,
         max_model_len=min(max_model_len, int(serve.get("max-model-len", max_model_len))),
-        profile=cell.workload,
+        profile=profile,
         seed=int(serve.get("seed", 0)),
     )
 

@@ -1,6 +1,7 @@
 """Two transcripts -> the differences of every step, as plain arrays. No judgement here.
 
-Steps are compared on identical prefixes only: the candidate was made to follow the baseline's tokens.
+Steps are compared on identical prefixes only. A candidate that was made to follow the baseline's tokens is compared to
+the end; one that chose freely (a baseline against TP1), up to and with the step at which the two part.
 """
 
 import math
@@ -54,7 +55,10 @@ def compare(baseline: Transcript, candidate: Transcript) -> Comparison:
             continue
         compared = _common(reference, answer)
         steps += [_change(reference, answer, index) for index in range(compared)]
-        if compared < len(reference.steps):
+        if compared < len(reference.steps) and not answer.forced and compared < len(answer.steps):
+            # Both chose freely and parted here: the prefix of this step is still the same, that of later ones is not.
+            steps.append(_change(reference, answer, compared))
+        elif compared < len(reference.steps):
             said = f"only {compared} of {len(reference.steps)} steps on the same tokens"
             missing.append(Missing(reference.prompt, said))
     return Comparison(steps, missing)
@@ -76,7 +80,7 @@ def _change(reference: Answer, answer: Answer, index: int) -> StepChange:
         kind=reference.kind,
         step=index,
         position=reference.prompt_length + index,
-        change=_distance(a.logprob, b.logprob),
+        change=_distance(a.logprob, b.logprob if a.token_id == b.token_id else b.top.get(a.token_id, -math.inf)),
         widest=widest(a, b),
         kl=divergence(a, b),
         margin=best[0] - best[1] if len(best) > 1 else math.inf,

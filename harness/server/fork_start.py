@@ -1,0 +1,33 @@
+"""Start a Python program whose worker processes are forked, so that a server pays its imports once.
+
+    python -m harness.server.fork_start MODULE [ARGUMENTS]
+
+vLLM forks its engine and workers by default, but its CPU platform sets `VLLM_WORKER_MULTIPROC_METHOD=spawn`, and six
+processes then import torch and vLLM one after the other on few cores. This keeps the variable at `fork`. Nothing of
+vLLM is touched: not its attention, not its collectives, so a baseline started this way is still stock. With one OpenMP
+thread (the harness sets OMP_NUM_THREADS=1) there is no thread pool that a fork could break.
+"""
+
+import os
+import runpy
+import sys
+
+_KEPT = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+class _Environment(type(os.environ)):
+    """`os.environ` in which one variable cannot be changed."""
+
+    def __setitem__(self, name: str, value: str) -> None:
+        super().__setitem__(name, "fork" if name == _KEPT else value)
+
+
+def main() -> None:
+    os.environ.__class__ = _Environment
+    os.environ[_KEPT] = "fork"
+    module, sys.argv = sys.argv[1], sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
