@@ -12,9 +12,9 @@ from harness.verdict import TABLE, Effect
 
 #: Order and headings of the proof's columns; fields that are not named here come after, under their own name.
 _PROOF = {
-    "rank": "rank", "tpa_rank": "TPA rank", "kvp_rank": "KVP rank", "group_ranks": "exchange group", "backend": "backend",
-    "impl": "attention", "combine": "combine", "combine_impl": "combined by", "group_size": "group size", "tp": "TP",
-    "kvp": "KVP", "tpa": "TPA", "helix": "Helix", "interleave": "interleave", "lse_base": "LSE base",
+    "rank": "rank", "tpa_rank": "TPA rank", "kvp_rank": "KVP rank", "group_ranks": "exchange group",
+    "backend": "backend", "impl": "attention", "combine": "combine", "combine_impl": "combined by",
+    "group_size": "group size", "tp": "TP", "kvp": "KVP", "tpa": "TPA", "helix": "Helix", "interleave": "interleave", "lse_base": "LSE base",
     "self_test": "self-test", "model_runner": "model runner", "vllm_version": "vLLM",
     "decode_attention": "decode attention calls", "decode_combine": "decode combines",
     "prefill_attention": "prefill attention calls", "prefill_combine": "prefill combines", "empty_shard": "empty shards",
@@ -38,7 +38,7 @@ class Proof:
 class Token:
     token: int
     logprob: str
-    other: str  # what the other side gives this token; empty: not in its top-k
+    delta: str  # cell minus baseline; empty: not in the other side's top-k
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,19 @@ class CellView:
 
 
 def view(
-    result: CellResult, kind: str, baseline: CellResult | None = None, earlier: tuple[CellResult, ...] = ()
+    result: CellResult,
+    kind: str,
+    baseline: CellResult | None = None,
+    earlier: tuple[CellResult, ...] = (),
+    whole_log: bool = False,
 ) -> CellView:
-    """`baseline` is the result that `result.baseline_id` names, where this run has it."""
+    """`baseline` is the result that `result.baseline_id` names, where this run has it.
+
+    `whole_log`: the caller compresses the body, so the log need not be compressed for itself.
+    """
     cell = result.cell
     lines = clean(result.log_tail).rstrip().splitlines()
+    whole = whole_log or len(lines) <= _LOG_LINES
     total = sum(phase.seconds for phase in result.phases) or 1.0
     options, notes = _options(result)
     return CellView(
@@ -116,8 +124,8 @@ def view(
         phases=[(phase.name, seconds(phase.seconds), phase.seconds / total) for phase in result.phases],
         kv=_kv(result, baseline),
         baseline=fragment(cell=baseline.cell.id) if baseline else "",
-        log_end="\n".join(lines[-_LOG_LINES:]),
-        log_packed=packed("\n".join(lines)) if len(lines) > _LOG_LINES else "",
+        log_end="\n".join(lines if whole else lines[-_LOG_LINES:]),
+        log_packed="" if whole else packed("\n".join(lines)),
         log_lines=len(lines),
         earlier=earlier,
     )
@@ -194,8 +202,8 @@ def _word(value: object) -> str:
 
 def _side_by_side(difference: Difference) -> SideBySide:
     gap = drawing.gap(difference)
-    left = _tokens(difference.baseline, difference.candidate)
-    right = _tokens(difference.candidate, difference.baseline)
+    left = _tokens(difference.baseline, difference.candidate, sign=-1)
+    right = _tokens(difference.candidate, difference.baseline, sign=1)
     height = max(len(left), len(right))
     pairs = zip(left + [None] * (height - len(left)), right + [None] * (height - len(right)), strict=True)
     return SideBySide(
@@ -208,9 +216,9 @@ def _side_by_side(difference: Difference) -> SideBySide:
     )
 
 
-def _tokens(side: tuple[tuple[int, float], ...], other: tuple[tuple[int, float], ...]) -> list[Token]:
+def _tokens(side: tuple[tuple[int, float], ...], other: tuple[tuple[int, float], ...], sign: int) -> list[Token]:
     there = dict(other)
     return [
-        Token(token, f"{logprob:.4f}", f"{there[token] - logprob:+.4f}" if token in there else "")
+        Token(token, f"{logprob:.4f}", f"{sign * (logprob - there[token]):+.4f}" if token in there else "")
         for token, logprob in side
     ]

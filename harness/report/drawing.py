@@ -10,16 +10,24 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 132, 52, 22
 
 #: One shape a verdict on a 16 x 16 field, told apart without colour. `f` is filled by the text colour.
 _SHAPES = {
-    Verdict.PASS: '<circle class="f" cx="8" cy="8" r="7.5"/><path class="k" d="M4.6 8.3l2.3 2.4 4.5-5"/>',
-    Verdict.FAIL: '<path class="f" d="M5 .5h6L15.5 5v6L11 15.5H5L.5 11V5z"/><path class="k" d="M5.2 5.2l5.6 5.6m0-5.6l-5.6 5.6"/>',
-    Verdict.FLAKY: '<path class="f" d="M8 0l8 8-8 8-8-8z"/><path class="k" d="M4.4 8.6c1.2-2 2.4-2 3.6-.6s2.4 1.4 3.6-.6"/>',
-    Verdict.UNPROVEN: '<circle class="o" cx="8" cy="8" r="7" stroke-dasharray="3.2 2.3"/><path class="s" d="M6 6.3c.2-2.4 4-2.2 4 .1 0 1.5-2 1.6-2 3.1M8 11.6v.6"/>',
+    Verdict.PASS: '<circle class="f" cx="8" cy="8" r="7.5"/>'
+    '<path class="k" d="M4.6 8.3l2.3 2.4 4.5-5"/>',
+    Verdict.FAIL: '<path class="f" d="M5 .5h6L15.5 5v6L11 15.5H5L.5 11V5z"/>'
+    '<path class="k" d="M5.2 5.2l5.6 5.6m0-5.6l-5.6 5.6"/>',
+    Verdict.FLAKY: '<path class="f" d="M8 0l8 8-8 8-8-8z"/>'
+    '<path class="k" d="M4.4 8.6c1.2-2 2.4-2 3.6-.6s2.4 1.4 3.6-.6"/>',
+    Verdict.UNPROVEN: '<circle class="o" cx="8" cy="8" r="7" stroke-dasharray="3.2 2.3"/>'
+    '<path class="s" d="M6 6.3c.2-2.4 4-2.2 4 .1 0 1.5-2 1.6-2 3.1M8 11.6v.6"/>',
     Verdict.XPASS: '<path class="f" d="M8 0l2.1 5.3 5.7.4-4.4 3.7 1.4 5.6L8 12l-4.8 3 1.4-5.6L.2 5.7l5.7-.4z"/>',
-    Verdict.XFAIL: '<circle class="o" cx="8" cy="8" r="7"/><path class="s" d="M3.2 12.8l9.6-9.6"/>',
-    Verdict.REJECTED: '<rect class="o" x="1" y="1" width="14" height="14" rx="2"/><path class="s" d="M4.5 8h7"/>',
-    Verdict.ERROR: '<path class="f" d="M8 .8l7.8 14H.2z"/><path class="k" d="M8 6v4.4M8 12.2v.6"/>',
+    Verdict.XFAIL: '<circle class="o" cx="8" cy="8" r="7"/>'
+    '<path class="s" d="M3.2 12.8l9.6-9.6"/>',
+    Verdict.REJECTED: '<rect class="o" x="1" y="1" width="14" height="14" rx="2"/>'
+    '<path class="s" d="M4.5 8h7"/>',
+    Verdict.ERROR: '<path class="f" d="M8 .8l7.8 14H.2z"/>'
+    '<path class="k" d="M8 6v4.4M8 12.2v.6"/>',
     Verdict.SKIP: '<path class="s" d="M3.5 8h9"/>',
-    Verdict.STALE: '<circle class="o" cx="8" cy="8" r="7" stroke-dasharray="1.2 2"/><path class="s" d="M8 4v4.2l2.6 1.6"/>',
+    Verdict.STALE: '<circle class="o" cx="8" cy="8" r="7" stroke-dasharray="1.2 2"/>'
+    '<path class="s" d="M8 4v4.2l2.6 1.6"/>',
 }  # fmt: skip
 
 
@@ -59,7 +67,8 @@ def gaps(differences: tuple[Difference, ...]) -> Markup:
         kind, said = ("miss", "not in the top-k") if value is None else ("hit", f"|Δ| {number(value)} nat")
         marks.append(
             Markup(
-                '<path class="stem" d="M{x:.1f} {base}V{y:.1f}"/><circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+                '<path class="stem" d="M{x:.1f} {base}V{y:.1f}"/>'
+                '<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
             ).format(x=x, y=y, base=_HEIGHT - _BOTTOM, kind=kind)
             + Markup("<title>position {}, step {}: {}</title></circle>").format(
                 difference.position, difference.step, said
@@ -83,11 +92,11 @@ def against_bound(statistic: Statistic) -> Markup:
     if statistic.bound is None or not _finite(statistic.bound) or _finite(statistic.value) is None:
         return Markup("")
     share = abs(statistic.value) / abs(statistic.bound) / 2
-    arrow = Markup('<path class="beyond" d="M113 3l6 5-6 5z"/>') if share > 1 else Markup("")
+    arrow = Markup('<path class="beyond" d="M112 1.5l8 6.5-8 6.5z"/>') if share > 1 else Markup("")
     return Markup(
         '<svg class="bar" viewBox="0 0 120 16" aria-hidden="true"><rect class="track" y="5" width="120" height="6"/>'
         '<rect class="value" y="5" width="{:.1f}" height="6"/>{}<path class="tick" d="M60 1v14"/></svg>'
-    ).format(min(share, 1) * 120, arrow)
+    ).format(120 * share if share <= 1 else 110, arrow)
 
 
 def _finite(value: float) -> float | None:

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from harness import ledger
 from harness.frozen import Frozen
 from harness.report.page import environment, headline, lede
-from harness.report.run import LEDGER, Run, load
+from harness.report.run import Run, load
+from harness.report.text import legal
 from harness.verdict import Verdict
 
 
@@ -23,21 +25,18 @@ class Line(Frozen):
 
 
 def index(reports_dir: Path) -> Path:
-    """Write `reports_dir/index.html` over `reports_dir/*/` (committed) and `reports_dir/runs/*/` (local), newest first."""
+    """Write `reports_dir/index.html`, newest first: `reports_dir/*/` is committed, `reports_dir/runs/*/` is local."""
     committed = _lines(reports_dir, reports_dir)
     local = _lines(reports_dir / "runs", reports_dir)
-    text = (
-        environment()
-        .get_template("index.html.j2")
-        .render(sections=[("Committed evidence", committed), ("Runs on this machine", local)])
-    )
+    sections = [("Committed evidence", committed), ("Runs on this machine", local)]
+    text = legal(environment().get_template("index.html.j2").render(sections=sections))
     scratch = reports_dir / ".index.html.tmp"
     scratch.write_text(text, encoding="utf-8")
     return scratch.replace(reports_dir / "index.html")
 
 
 def _lines(folder: Path, root: Path) -> list[Line]:
-    found = [_line(path.parent, root) for path in folder.glob(f"*/{LEDGER}")]
+    found = [_line(path.parent, root) for path in folder.glob(f"*/{ledger.NAME}")]
     return sorted(found, key=lambda line: (line.started, line.name), reverse=True)
 
 

@@ -15,26 +15,28 @@ from harness.report import drawing
 from harness.report.cellview import CellView, view
 from harness.report.run import Run
 from harness.report.square import COLUMNS, HARDWARE, Matrix, Square, matrices, place, severity
-from harness.report.text import clean, fragment, packed, plural
+from harness.report.text import fragment, legal, packed, plural
 from harness.verdict import TABLE, Effect, Verdict
 
 #: Above this many cells the bodies travel compressed and are opened by the script when a reader opens the cell.
-PACK_ABOVE = 300
+PACK_ABOVE = 100
+#: This many differing cells stand above the matrix; the others are one click away.
+_NEWS = 5
 _HERE = Path(__file__).parent
 
 
 @cache
 def environment() -> Environment:
-    """Jinja with autoescape on, and every string cleaned of controls before it is escaped."""
+    """Jinja with autoescape on. What it renders goes through `text.legal` before it is written."""
     found = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     found.globals |= {"fragment": fragment, "plural": plural, "sprite": drawing.sprite(), "style": asset("style.css")}
+    found.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
     return found
 
 
@@ -62,12 +64,12 @@ def render(run: Run, table: pd.DataFrame) -> str:
     """The page of `run`; `table` is its `harness.report.table.tabulate`."""
     results = {result.cell.id: result for result in run.results}
     found = matrices(table, results)
-    views = {
-        row.id: view(results[row.id], row.kind, results.get(results[row.id].baseline_id), run.earlier.get(row.id, ()))
-        for row in table[["id", "kind"]].itertuples(index=False)
-    }
-    body = environment().get_template("cell.html.j2")
     pack = len(results) > PACK_ABOVE
+    views = {}
+    for cell_id, kind in zip(table["id"], table["kind"], strict=True):
+        one = results[cell_id]
+        views[cell_id] = view(one, kind, results.get(one.baseline_id), run.earlier.get(cell_id, ()), whole_log=pack)
+    body = environment().get_template("cell.html.j2")
 
     def body_of(cell: CellView) -> tuple[str, Markup]:
         """(packed, "") or ("", html)"""
@@ -77,7 +79,7 @@ def render(run: Run, table: pd.DataFrame) -> str:
     groups = _groups(found, views)
     ranked = sorted(run.results, key=lambda result: severity(result.declared, result.verdict))
     script = asset("page.js")
-    return (
+    return legal(
         environment()
         .get_template("page.html.j2")
         .render(
@@ -95,6 +97,7 @@ def render(run: Run, table: pd.DataFrame) -> str:
             legend=TABLE,
             body_of=body_of,
             packed=pack,
+            news=_NEWS,
             versions=_versions(run),
             script=script,
             script_hash=script_hash(script),

@@ -1,17 +1,15 @@
 """One run as its ledger tells it: the last result of every cell, and, said aloud, everything that was left out."""
 
-import json
 import math
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
+from harness import ledger
 from harness.frozen import Frozen
 from harness.report.text import clean
 from harness.result import CellResult
 from harness.verdict import Effect, exit_status
-
-LEDGER = "ledger.ndjson"
 
 
 class Run(Frozen):
@@ -23,7 +21,8 @@ class Run(Frozen):
     hardware: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
     results: tuple[CellResult, ...] = ()
-    earlier: dict[str, tuple[CellResult, ...]] = {}  # cell id -> results that a later one in this ledger replaced
+    #: cell id -> results that a later one in this ledger replaced
+    earlier: dict[str, tuple[CellResult, ...]] = Field(default_factory=dict)
     unfinished: tuple[str, ...] = ()  # ids that were planned or started and have no result
     left_out: tuple[str, ...] = ()
 
@@ -36,13 +35,13 @@ class Run(Frozen):
 
 
 def load(run_dir: Path) -> Run:
-    """Read `run_dir/ledger.ndjson`. Never raises on its content; a missing ledger is a run without results."""
-    events, left_out = read_events(run_dir / LEDGER)
+    """Read the ledger in `run_dir`. Never raises on its content; a missing ledger is a run without results."""
+    events, left_out = read_events(run_dir / ledger.NAME)
     start: dict = {}
     ended = ""
     started_cells: list[str] = []
     by_id: dict[str, list[CellResult]] = {}
-    for where, event in events:
+    for number, event in enumerate(events, start=1):
         match event.get("event"):
             case "run-start":
                 start = {**start, **event}
@@ -56,9 +55,9 @@ def load(run_dir: Path) -> Run:
                     result = parse_result(event.get("result"))
                     by_id.setdefault(result.cell.id, []).append(result)
                 except ValueError as problem:
-                    left_out.append(f"{where}: {_named(event)}{problem}")
+                    left_out.append(f"event {number}: {_named(event)}{problem}")
             case kind:
-                left_out.append(f"{where}: unknown event {str(kind)[:80]!r}")
+                left_out.append(f"event {number}: unknown event {str(kind)[:80]!r}")
     return Run(
         name=_text(start.get("run")) or run_dir.name,
         started=_text(start.get("time")),
@@ -72,27 +71,14 @@ def load(run_dir: Path) -> Run:
     )
 
 
-def read_events(path: Path) -> tuple[list[tuple[str, dict]], list[str]]:
-    """(place, event) pairs of a ledger, and one sentence for each line that is no event."""
-    events, left_out = [], []
+def read_events(path: Path) -> tuple[list[dict], list[str]]:
+    """Events of a ledger, and one sentence for each line that is no event; a ledger that cannot be read has none."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        return ledger.read(path)
     except OSError as problem:
-        return [], [f"no ledger: {problem.strerror or problem}"]
-    for index, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        last = index == len(lines)  # no newline after it: the writer was cut off
-        try:
-            event = json.loads(line.decode(errors="replace"))
-        except (ValueError, RecursionError):
-            left_out.append(f"line {index}: " + ("torn last line" if last else "not JSON"))
-            continue
-        if isinstance(event, dict):
-            events.append((f"line {index}", event))
-        else:
-            left_out.append(f"line {index}: not an event")
-    return events, left_out
+        return [], [f"{path.name} could not be read: {problem.strerror or problem}"]
+    except RecursionError:
+        return [], [f"{path.name} could not be read: a line is nested too deeply"]
 
 
 def parse_result(record: object) -> CellResult:
@@ -101,8 +87,10 @@ def parse_result(record: object) -> CellResult:
     Raises ValueError with the first field that does not fit.
     """
     try:
-        return CellResult.model_validate(record)
-    except (ValidationError, RecursionError):
+        result = CellResult.model_validate(record)
+        result.model_dump_json()  # an unpaired surrogate validates, and breaks whatever writes it
+        return result
+    except (ValueError, RecursionError):
         pass
     try:
         return CellResult.model_validate(_mended(record))

@@ -129,16 +129,16 @@ class Matrix(Frozen):
 def matrices(table: pd.DataFrame, results: dict[str, CellResult]) -> list[Matrix]:
     """The matrix of each kind that has cells, from `harness.report.table.tabulate` and its results by id.
 
-    Hardware on which something ran comes first; both tables have the same columns, so that they align.
+    Hardware on which something ran comes first; hardware that has no cell of a kind is not in its table.
     """
     real = table[table["fault"] == ""]
     ran = set(real.loc[~real["verdict"].isin(["skip", "stale"]), "hardware"])
-    hardware = tuple(sorted(set(real["hardware"]), key=lambda name: (name not in ran, *place(name, HARDWARE))))
     groups = real.groupby(["kind", "backend", "hardware", "column"], sort=False)["id"]
     squares = {key: square(*key, [results[cell_id] for cell_id in ids]) for key, ids in groups}
     found = []
     for kind in KINDS:
         here = real[real["kind"] == kind]
+        hardware = tuple(sorted(set(here["hardware"]), key=lambda name: (name not in ran, *place(name, HARDWARE))))
         rows = []
         for backend in sorted(set(here["backend"]), key=lambda name: (name == "auto", name)):
             line = [squares.get((kind, backend, name, column)) for name in hardware for column in COLUMNS]

@@ -6,7 +6,36 @@ from harness.report.run import Run
 from harness.report.square import column_of, kind_of, latent_models
 
 #: Columns that every table has, also an empty one. `stat:NAME` columns follow, one for each statistic of the oracle.
-COLUMNS = ["id", "key", "kind", "column", "mode", "backend", "hardware", "model", "tp", "kvp", "tpa", "interleave", "comm", "fault", "suites", "declared", "verdict", "effect", "reason", "declared_why", "baseline_id", "kv_cache_tokens", "kv_ratio", "seconds", "attempts", "started", "hardware_name", "vllm"]
+COLUMNS = [
+    "id",
+    "key",
+    "kind",
+    "column",
+    "mode",
+    "backend",
+    "hardware",
+    "model",
+    "tp",
+    "kvp",
+    "tpa",
+    "interleave",
+    "comm",
+    "fault",
+    "suites",
+    "declared",
+    "verdict",
+    "effect",
+    "reason",
+    "declared_why",
+    "baseline_id",
+    "kv_cache_tokens",
+    "kv_ratio",
+    "seconds",
+    "attempts",
+    "started",
+    "hardware_name",
+    "vllm",
+]
 
 
 def tabulate(run: Run) -> pd.DataFrame:

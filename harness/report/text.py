@@ -14,20 +14,21 @@ _CONTROL = re.compile(
 )
 
 
-def clean(text: str) -> str:
-    """`text` without terminal escapes; every other control, bidi or unpaired character becomes U+FFFD.
+def legal(text: str) -> str:
+    """`text` with every control, bidi or unpaired character as U+FFFD: legal in HTML, XML 1.0 and UTF-8."""
+    return _CONTROL.sub("�", text)
 
-    Line ends become `\\n`. What is left is legal in HTML, XML 1.0 and UTF-8.
-    """
+
+def clean(text: str) -> str:
+    """`text` as a reader wants a log: without terminal escapes, lines ended by `\\n`, and otherwise `legal`."""
     if text.isascii() and text.isprintable():
         return text
-    text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
-    return _CONTROL.sub("�", text)
+    return legal(_ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def fragment(**fields: str) -> str:
     """A URL fragment without `#`: `mode=helix&hardware=cpu`. The page's script and its element ids use the same."""
-    return "&".join(f"{name}={quote(clean(value), safe='/:@!,;$')}" for name, value in fields.items())
+    return "&".join(f"{name}={quote(legal(value), safe='/:@!,;$')}" for name, value in fields.items())
 
 
 def rerun(cell_id: str) -> str:
@@ -38,7 +39,7 @@ def rerun(cell_id: str) -> str:
 def packed(text: str) -> str:
     """`text` as base64 of raw deflate, which a browser's `DecompressionStream('deflate-raw')` opens."""
     squeeze = zlib.compressobj(6, zlib.DEFLATED, -15)
-    return base64.b64encode(squeeze.compress(clean(text).encode()) + squeeze.flush()).decode()
+    return base64.b64encode(squeeze.compress(legal(text).encode()) + squeeze.flush()).decode()
 
 
 def plural(count: int, noun: str) -> str:

@@ -175,7 +175,7 @@ def hostile() -> CellResult:
         versions=((HOSTILE, HOSTILE),), log_tail="\n".join([HOSTILE] * 40), proof=({HOSTILE: HOSTILE, "counters": HOSTILE},),
         statistics=(Statistic(name=HOSTILE, value=float("nan"), bound=float("inf"), n=1, unit=HOSTILE, note=HOSTILE),),
         differences=(Difference(prompt=HOSTILE, step=1, position=1, baseline=((1, float("-inf")),), candidate=()),),
-        phases=(Phase(name=HOSTILE, seconds=1.0),), started=HOSTILE, baseline_id=HOSTILE,
+        phases=(Phase(name=HOSTILE, seconds=1.0),), started=HOSTILE, baseline_id=HOSTILE, localisation=HOSTILE,
     )  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""The machine-readable outputs tell the same as the ledger, and stay well-formed over hostile text."""
+
+import fnmatch
+import json
+import re
+import shlex
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+
+import examples
+import pandas as pd
+import pytest
+
+from harness import report
+from harness.report import machine, text
+from harness.verdict import Effect
+
+
+def strict_junit(root):
+    """The shape that CI systems' JUnit schemas share: required attributes, order of children, true counts."""
+    assert root.tag == "testsuites"
+    for suite in root:
+        assert set(suite.attrib) >= {
+            "name",
+            "timestamp",
+            "hostname",
+            "tests",
+            "failures",
+            "errors",
+            "time",
+            "id",
+            "package",
+        }
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", suite.get("timestamp"))
+        tags = [child.tag for child in suite]
+        cases = suite.findall("testcase")
+        assert tags == ["properties", *["testcase"] * len(cases), "system-out", "system-err"]
+        assert int(suite.get("tests")) == len(cases)
+        for attribute, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+            assert int(suite.get(attribute)) == len(suite.findall(f"testcase/{tag}"))
+        for case in cases:
+            assert set(case.attrib) == {"name", "classname", "time"} and float(case.get("time")) >= 0
+            assert len(case) <= 1
+            assert all(child.get("type") and child.get("message") for child in case if child.tag != "skipped")
+
+
+def test_junit_counts_each_part_of_the_exit_status(run_dir):
+    root = ET.parse(run_dir / "junit.xml").getroot()
+    strict_junit(root)
+    effects = Counter(one.effect for one in examples.results())
+    assert len(root.findall(".//failure")) == effects[Effect.DIFFERS] == 5
+    assert len(root.findall(".//error")) == effects[Effect.INFRASTRUCTURE] == 1
+    assert len(root.findall(".//skipped")) == effects[Effect.NEUTRAL] == 7
+    assert [suite.get("name") for suite in root] == [
+        "helix.blackwell",
+        "helix.blackwell-rtx",
+        "helix.cpu",
+        "helix.hopper",
+    ]
+
+
+def test_junit_survives_hostile_text(hostile_dir):
+    root = ET.parse(hostile_dir / "junit.xml").getroot()
+    strict_junit(root)
+    assert any("window.pwned" in (failure.text or "") for failure in root.iter("failure"))
+
+
+@pytest.mark.parametrize("which", ["run_dir", "hostile_dir"])
+def test_results_json_fits_its_published_schema(which, request):
+    jsonschema = pytest.importorskip("jsonschema")
+    value = json.loads((request.getfixturevalue(which) / "results.json").read_text())
+    published = json.loads(machine.SCHEMA_FILE.read_text())
+    jsonschema.Draft202012Validator(published).validate(value)
+    assert sum(value["counts"].values()) == len(value["cells"])
+
+
+def test_published_schema_is_the_code_s():
+    assert json.loads(machine.SCHEMA_FILE.read_text()) == json.loads(machine.schema()), (
+        "the record changed: run python -m harness.report.machine"
+    )
+
+
+def test_results_json_holds_the_ledger_s_records(run_dir):
+    value = json.loads((run_dir / "results.json").read_text())
+    assert value["schema_version"] == 1 and value["exit_status"] == 1
+    assert [entry["result"] for entry in value["cells"]] == [one.model_dump(mode="json") for one in examples.results()]
+
+
+def test_frame_and_csv(run_dir):
+    frame = report.frame(run_dir)
+    read = pd.read_csv(run_dir / "results.csv", keep_default_na=False)
+    assert list(frame["id"]) == list(read["id"]) == [one.cell.id for one in examples.results()]
+    row = frame[(frame["column"] == "Helix") & (frame["backend"] == "CPU_ATTN")].iloc[0]
+    assert row["kv_ratio"] == 2.0 and row["tpa"] == 2 and row["stat:mean KL"] == 1.4e-6
+    counts = frame.pivot_table(index="backend", columns="column", values="id", aggfunc="count")
+    assert counts.loc["FLASH_ATTN", "Helix"] == 3
+
+
+def test_markdown_holds_the_matrix_and_no_live_text(run_dir, hostile_dir):
+    summary = (run_dir / "summary.md").read_text()
+    assert summary.startswith("## Helix: 5 cells differ from what is declared\n")
+    assert "**✗ fail, 2 cells: 1 fail, 1 pass, ≠ declared pass**" in summary
+    rows = [line for line in summary.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {11, 14}  # 1 + 9 or 12 columns
+    hostile = (hostile_dir / "summary.md").read_text()
+    assert not re.search(r"(?<!\\)<", hostile) and "\x1b" not in hostile
+
+
+def test_rerun_line_names_this_cell_only():
+    cell_id = examples.hostile().cell.id
+    word, option, pattern = shlex.split(text.rerun(cell_id))
+    assert (word, option) == ("./test_helix.sh", "--cell")
+    assert fnmatch.fnmatchcase(cell_id, pattern)
+    others = [one.cell.id for one in examples.results()]
+    assert not any(fnmatch.fnmatchcase(other, pattern) for other in others)
+    for other in others:
+        assert [one for one in others if fnmatch.fnmatchcase(one, shlex.split(text.rerun(other))[-1])] == [other]
+
+
+def test_clean_drops_terminal_escapes_and_marks_controls():
+    assert text.clean("\x1b[1;31mred\x1b[0m\r\nx\x00\u202ey\tz") == "red\nx��y\tz"
+
+
+class Matrix(HTMLParser):
+    """Text of each row of the matrix, as a reader's program sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.cell, self.inside, self.head = [], None, False, []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.inside = attrs.get("class") == "squares" if tag == "table" else self.inside
+        if self.inside and tag == "tr":
+            self.rows.append([])
+        if self.inside and tag in ("td", "th"):
+            self.cell = []
+            self.head.append((tag, attrs.get("scope")))
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.inside = False
+        if self.inside and tag in ("td", "th"):
+            self.rows[-1].append(" ".join(" ".join(self.cell).split()))
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.inside and self.cell is not None:
+            self.cell.append(data)
+
+
+def test_the_matrix_s_text_equals_the_ledger(run_dir):
+    matrix = Matrix()
+    matrix.feed((run_dir / "index.html").read_text())
+    assert all(scope in ("col", "colgroup", "row") for tag, scope in matrix.head if tag == "th")
+    by_name = {row[0].replace(" ", ""): row[1:] for row in matrix.rows}
+    none = "· no cell"
+    assert by_name["FLASH_ATTN"] == [
+        *[none] * 3,
+        "pass 1 cell declared pass",
+        "rejected 1 cell ≠ differs from declared pass",
+        "fail 2 cells: 1 fail, 1 pass ≠ differs from declared pass",
+        none,
+        none,
+        "skip 1 cell declared pass",
+    ]
+    assert by_name["CPU_MLA"][:3] == [
+        "pass 1 cell declared pass",
+        "pass 1 cell declared pass",
+        "unproven 2 cells: 1 unproven, 1 rejected ≠ differs from declared pass",
+    ]
+    shown = sum(int(count) for row in matrix.rows for cell in row for count in re.findall(r"\b(\d+) cells?\b", cell))
+    assert shown == sum(one.cell.fault is None for one in examples.results())
+
+
+def test_the_page_names_nothing_to_load(run_dir):
+    page = (run_dir / "index.html").read_text()
+    assert not re.search(r"""\b(?:src|href|xlink:href)=["']?(?:https?:)?//""", page)
+    assert "default-src 'none'" in page
+
+
+def test_index_lists_committed_evidence_and_local_runs(tmp_path):
+    for name, folder in (("kept", tmp_path / "kept"), ("local", tmp_path / "runs" / "local")):
+        report.write(examples.write_ledger(folder, examples.results(), name=name))
+    page = report.index(tmp_path).read_text()
+    committed, _, local = page.partition("Runs on this machine")
+    assert 'href="kept/index.html">kept<' in committed and 'href="runs/local/index.html">local<' in local
+    assert page.count("5 cells differ") == 2
+
+
+def test_two_hundred_cells_stay_under_three_megabytes(tmp_path):
+    page = report.write(examples.write_ledger(tmp_path, examples.many(200)))
+    assert page.stat().st_size < 3_000_000
