@@ -105,8 +105,12 @@ SURFACE: tuple[Surface, ...] = (
     Surface(
         "vllm.v1.attention.ops.dcp:MLADCPManager._init_combine",
         ("self", "num_heads", "head_dim", "dtype", "is_lse_base_on_e", "use_pcp"),
-        "CPU MLA",
-        platform="cpu",
+        "MLA combine",
+    ),
+    Surface(
+        "vllm.v1.attention.backend:MLAAttentionImpl.do_kv_cache_update",
+        ("self", "kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "k_scale"),
+        "MLA",
     ),
     Surface(
         "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.forward_mqa",

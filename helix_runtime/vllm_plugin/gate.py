@@ -73,14 +73,18 @@ def admit(config, options: HelixOptions) -> Layout:
     return layout
 
 
-def _admit_on_cuda(config) -> None:
-    """What is proved on CUDA so far: FLASH_ATTN, without CUDA graphs. Raises HelixRefusal for the rest."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+#: Backends that were run with context parallelism on CUDA, by kind of model.
+ON_CUDA = {"GQA": ("FLASH_ATTN",), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
 
+
+def _admit_on_cuda(config) -> None:
+    """What is proved on CUDA so far, without CUDA graphs. Raises HelixRefusal for the rest."""
     backend = config.attention_config.backend
-    if backend is not AttentionBackendEnum.FLASH_ATTN:
+    kind = "MLA" if config.model_config.use_mla else "GQA"
+    if backend is None or backend.name not in ON_CUDA[kind]:
         asked = "the backend that vLLM would choose" if backend is None else backend.name
-        raise HelixRefusal(f"no cell has proved Helix with {asked} on CUDA; add --attention-backend FLASH_ATTN")
+        allowed = ", ".join(f"--attention-backend {name}" for name in ON_CUDA[kind])
+        raise HelixRefusal(f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}")
     if not config.model_config.enforce_eager:
         raise HelixRefusal("no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager")
 

@@ -45,9 +45,9 @@ def activate(config, options: HelixOptions, rank: int) -> None:
         cpu_mla.install()
         slot_mapping.install()
     else:
-        from helix_runtime.vllm_plugin import flash_attention
+        from helix_runtime.vllm_plugin import cuda_mla, flash_attention
 
-        flash_attention.install()
+        (cuda_mla if layout.use_mla else flash_attention).install()
     if options.helix_mode and not layout.use_mla:
         view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
         tpa_scope.install(attention_constructor(config.model_config.architecture), view)

@@ -1,0 +1,42 @@
+"""Proof of path for MLA on CUDA. Nothing is replaced: Helix MLA is stock DCP with DCP = TP and the `a2a` combine.
+
+Why: equal answers prove nothing if the combine never ran.
+Hook: `MLADCPManager._init_combine`, whose result is wrapped by a counter; `MLAAttentionImpl.do_kv_cache_update`, where
+tokens are counted if that is asked for.
+Upstream: vllm `v1/attention/ops/dcp.py`, `v1/attention/backend.py`.
+Remove when: vLLM reports which combine ran, and how often.
+"""
+
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import current
+
+
+def install() -> None:
+    patch("vllm.v1.attention.ops.dcp:MLADCPManager._init_combine", _init_combine)
+    patch("vllm.v1.attention.backend:MLAAttentionImpl.do_kv_cache_update", _do_kv_cache_update)
+
+
+def _init_combine(original):
+    def init_combine(self, *args, **kwargs):
+        upstream = original(self, *args, **kwargs)
+
+        def combine(partial_output, partial_lse, **lengths):
+            proof = current().proof
+            proof.count("decode_attention")
+            proof.count("decode_combine")
+            return upstream(partial_output, partial_lse, **lengths)
+
+        return combine
+
+    return init_combine
+
+
+def _do_kv_cache_update(original):
+    def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
+        original(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
+        context = current()
+        if context.counts_tokens:
+            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
+            context.proof.count("global_tokens", slot_mapping.numel())
+
+    return do_kv_cache_update
