@@ -3,7 +3,9 @@
 A recipe is a frozen value and a builder; `ensure` makes its folder once (config, weights, tokenizer) and returns it.
 """
 
+from harness.models.circuit import RetrievalRecipe
+from harness.models.circuit_mla import MlaRetrievalRecipe
 from harness.models.deepseek import MlaRecipe
 from harness.models.recipe import RECIPES, Recipe, ensure, shape
 
-__all__ = ["RECIPES", "MlaRecipe", "Recipe", "ensure", "shape"]
+__all__ = ["RECIPES", "MlaRecipe", "MlaRetrievalRecipe", "Recipe", "RetrievalRecipe", "ensure", "shape"]

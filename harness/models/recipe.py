@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -86,19 +87,40 @@ RECIPES: dict[str, Recipe] = {}
 
 def recipe(build: Callable[[], Recipe]) -> Callable[[], Recipe]:
     """Register the recipe that `build` returns."""
-    made = build()
+    register(build())
+    return build
+
+
+def register(made: Recipe) -> None:
+    """Add a recipe to the registry; ValueError when its name is taken."""
     if made.name in RECIPES:
         raise ValueError(f"recipe {made.name!r} is registered twice")
     RECIPES[made.name] = made
-    return build
+
+
+#: Recipes made by name alone: a pattern and what makes a recipe from its named groups. `@family` adds one.
+FAMILIES: list[tuple[re.Pattern, Callable[..., Recipe]]] = []
+
+
+def family(pattern: str) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
+    """Let `find` answer for every name that `pattern` matches whole, without registering each."""
+
+    def add(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        FAMILIES.append((re.compile(pattern), build))
+        return build
+
+    return add
 
 
 def find(name: str) -> Recipe:
     """The recipe called `name`, with or without the `recipe:` prefix; a KeyError that lists the choices otherwise."""
     bare = name.removeprefix(PREFIX)
-    if bare not in RECIPES:
-        raise KeyError(f"no recipe {bare!r}; there are: {', '.join(sorted(RECIPES))}")
-    return RECIPES[bare]
+    if bare in RECIPES:
+        return RECIPES[bare]
+    for pattern, build in FAMILIES:
+        if match := pattern.fullmatch(bare):
+            return build(**match.groupdict())
+    raise KeyError(f"no recipe {bare!r}; there are: {', '.join(sorted(RECIPES))}")
 
 
 def shape(name: str) -> "ModelShape":

@@ -11,6 +11,7 @@ from harness.models import RECIPES, ensure, shape
 from harness.models.card import measure
 from harness.models.forward import Forward
 from harness.models.recipe import Recipe, find, recipe
+from harness.models.stream import Retrieval
 
 SMALL = Recipe(name="small", layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocab=64)
 
@@ -96,7 +97,7 @@ def test_our_forward_agrees_with_transformers(name):
     np.testing.assert_allclose(stepped, theirs, atol=1e-4)  # transformers keeps RoPE and norms in fp32
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("name", sorted(name for name, made in RECIPES.items() if not isinstance(made, Retrieval)))
 def test_answers_depend_on_the_whole_context(name):
     card = measure(find(name), length=300, steps=12, probes=3)
     assert card.one_token > 0.1  # nats, of one unseen token in 300; rounding in fp32 does 5e-5
