@@ -6,20 +6,38 @@ from markupsafe import Markup
 
 from harness.report import drawing
 from harness.report.square import column_of
-from harness.report.text import clean, fragment, number, packed, rerun, seconds
+from harness.report.text import clean, fragment, number, packed, rerun, seconds, table_row
 from harness.result import CellResult, Difference
 from harness.verdict import TABLE, Effect
 
 #: Order and headings of the proof's columns; fields that are not named here come after, under their own name.
 _PROOF = {
-    "rank": "rank", "tpa_rank": "TPA rank", "kvp_rank": "KVP rank", "group_ranks": "exchange group",
-    "backend": "backend", "impl": "attention", "combine": "combine", "combine_impl": "combined by",
-    "group_size": "group size", "tp": "TP", "kvp": "KVP", "tpa": "TPA", "helix": "Helix", "interleave": "interleave", "lse_base": "LSE base",
-    "self_test": "self-test", "model_runner": "model runner", "vllm_version": "vLLM",
-    "decode_attention": "decode attention calls", "decode_combine": "decode combines",
-    "prefill_attention": "prefill attention calls", "prefill_combine": "prefill combines", "empty_shard": "empty shards",
-    "local_tokens": "KV tokens here", "global_tokens": "KV tokens seen",
-}  # fmt: skip
+    "rank": "rank",
+    "tpa_rank": "TPA rank",
+    "kvp_rank": "KVP rank",
+    "group_ranks": "exchange group",
+    "backend": "backend",
+    "impl": "attention",
+    "combine": "combine",
+    "combine_impl": "combined by",
+    "group_size": "group size",
+    "tp": "TP",
+    "kvp": "KVP",
+    "tpa": "TPA",
+    "helix": "Helix",
+    "interleave": "interleave",
+    "lse_base": "LSE base",
+    "self_test": "self-test",
+    "model_runner": "model runner",
+    "vllm_version": "vLLM",
+    "decode_attention": "decode attention calls",
+    "decode_combine": "decode combines",
+    "prefill_attention": "prefill attention calls",
+    "prefill_combine": "prefill combines",
+    "empty_shard": "empty shards",
+    "local_tokens": "KV tokens here",
+    "global_tokens": "KV tokens seen",
+}
 #: Always a column, also where all ranks agree: a rank that ran no combine must be seen at once.
 _ALWAYS = {"rank", "tpa_rank", "kvp_rank", "group_ranks", "decode_attention", "decode_combine", "local_tokens"}
 _LOG_LINES = 12
@@ -31,7 +49,7 @@ class Proof:
 
     common: list[tuple[str, str]]
     head: list[str]
-    rows: list[list[str]]
+    rows: list[Markup]  # the cells of a row
 
 
 @dataclass(frozen=True)
@@ -186,7 +204,7 @@ def _proof(ranks: tuple[dict, ...]) -> Proof | None:
     return Proof(
         common=[(_PROOF.get(name, name), column[name][0]) for name in names if name not in table],
         head=[_PROOF.get(name, name) for name in table],
-        rows=[[column[name][index] for name in table] for index in range(len(flat))],
+        rows=[table_row([column[name][index] for name in table]) for index in range(len(flat))],
     )
 
 

@@ -26,9 +26,16 @@ DEVICE = {
 def cell(mode: str, backend: str, hardware: str, model: str, tp: int, kvp: int = 1, **options) -> Cell:
     comm = options.pop("comm", "a2a" if mode.startswith("helix") else ("ag_rs" if kvp > 1 else None))
     return Cell(
-        mode=Mode(mode), backend=backend, hardware=hardware, model=model, tp=tp, kvp=kvp, comm=comm,
-        serve=options.pop("serve", QUIET), **options,
-    )  # fmt: skip
+        mode=Mode(mode),
+        backend=backend,
+        hardware=hardware,
+        model=model,
+        tp=tp,
+        kvp=kvp,
+        comm=comm,
+        serve=options.pop("serve", QUIET),
+        **options,
+    )
 
 
 def proof(of: Cell, ran: bool = True) -> tuple[dict, ...]:
@@ -37,20 +44,37 @@ def proof(of: Cell, ran: bool = True) -> tuple[dict, ...]:
         group = rank // of.kvp * of.kvp
         ranks.append(
             {
-                "rank": rank, "tp": of.tp, "kvp": of.kvp, "tpa": of.tpa, "kvp_rank": rank % of.kvp,
-                "tpa_rank": rank // of.kvp, "helix": of.mode.helix, "backend": of.backend,
-                "impl": "helix_runtime.attention.reference:PagedPartialAttention" if of.mode.helix else "CPUAttentionImpl",
+                "rank": rank,
+                "tp": of.tp,
+                "kvp": of.kvp,
+                "tpa": of.tpa,
+                "kvp_rank": rank % of.kvp,
+                "tpa_rank": rank // of.kvp,
+                "helix": of.mode.helix,
+                "backend": of.backend,
+                "impl": "helix_runtime.attention.reference:PagedPartialAttention"
+                if of.mode.helix
+                else "CPUAttentionImpl",
                 "combine": of.comm if of.kvp > 1 else "none",
                 "combine_impl": f"helix_runtime.combine.{of.comm}" if of.kvp > 1 else "none",
-                "group_size": of.kvp, "group_ranks": list(range(group, group + of.kvp)), "interleave": of.interleave,
-                "lse_base": "e", "model_runner": "v1", "vllm_version": "0.32.0", "self_test": "ok",
+                "group_size": of.kvp,
+                "group_ranks": list(range(group, group + of.kvp)),
+                "interleave": of.interleave,
+                "lse_base": "e",
+                "model_runner": "v1",
+                "vllm_version": "0.32.0",
+                "self_test": "ok",
                 "counters": {
-                    "decode_attention": 1536 if ran else 0, "decode_combine": 1536 if ran and of.kvp > 1 else 0,
-                    "prefill_attention": 96, "prefill_combine": 96 if of.kvp > 1 else 0, "empty_shard": 12 * (rank % of.kvp),
-                    "local_tokens": 20480 // of.kvp + rank, "global_tokens": 20480,
+                    "decode_attention": 1536 if ran else 0,
+                    "decode_combine": 1536 if ran and of.kvp > 1 else 0,
+                    "prefill_attention": 96,
+                    "prefill_combine": 96 if of.kvp > 1 else 0,
+                    "empty_shard": 12 * (rank % of.kvp),
+                    "local_tokens": 20480 // of.kvp + rank,
+                    "global_tokens": 20480,
                 },
             }
-        )  # fmt: skip
+        )
     return tuple(ranks)
 
 
@@ -65,16 +89,18 @@ def difference(prompt: str, step: int, position: int, delta: float, swap: bool =
 
 def statistics(scale: float) -> tuple[Statistic, ...]:
     return (
-        Statistic(name="largest |Δ logprob|", value=0.0021 * scale, bound=0.01, n=4096, unit="nat", note="forced decode steps"),
+        Statistic(
+            name="largest |Δ logprob|", value=0.0021 * scale, bound=0.01, n=4096, unit="nat", note="forced decode steps"
+        ),
         Statistic(name="mean KL", value=1.4e-6 * scale, bound=1e-5, n=4096, unit="nat", note="against the null band"),
         Statistic(name="prefill |Δ logprob|", value=0.0008, bound=0.01, n=48, unit="nat", note="step 0, judged apart"),
         Statistic(name="top-1 agreement", value=1.0 - 0.004 * (scale > 5), bound=None, n=4096, unit=""),
-    )  # fmt: skip
+    )
 
 
 def log(of: Cell, lines: int = 40, end: str = "") -> str:
     body = [
-        f"INFO 11-24 03:{n // 60:02d}:{n % 60:02d} [engine.py:{100 + n}] rank {n % of.tp}: step {n}, {n * 37 % 4096} KV tokens"
+        f"INFO 11-24 03:{n // 60:02d}:{n % 60:02d} [engine.py:{100 + n}] rank {n % of.tp}: step {n}, {n * 37} KV tokens"
         for n in range(lines)
     ]
     return "\n".join([*body, *([end] if end else [])])
@@ -87,17 +113,30 @@ def result(
     judged = verdict in ("pass", "fail", "flaky", "xfail", "xpass", "unproven") and not of.baseline
     bad = verdict in ("fail", "flaky", "xfail")
     fields = dict(
-        cell=of, suites=(str(of.mode),), declared=Verdict(declared), declared_why=why, verdict=Verdict(verdict), reason=reason,
-        hardware_name=DEVICE.get(of.hardware, ""), command=of.shown(),
-        versions=(("vllm", "0.32.0"), ("torch", "2.13.0"), ("helix", "0.1.0+g04d67aa"), ("python", "3.11.7")) if ran else (),
-    )  # fmt: skip
+        cell=of,
+        suites=(str(of.mode),),
+        declared=Verdict(declared),
+        declared_why=why,
+        verdict=Verdict(verdict),
+        reason=reason,
+        hardware_name=DEVICE.get(of.hardware, ""),
+        command=of.shown(),
+        versions=(("vllm", "0.32.0"), ("torch", "2.13.0"), ("helix", "0.1.0+g04d67aa"), ("python", "3.11.7"))
+        if ran
+        else (),
+    )
     if ran:
         fields |= dict(
-            started="2026-11-24T03:12:09Z", log_tail=log(of), kv_cache_tokens=12_288 * (of.kvp if of.mode.helix else 1) // 1,
-            phases=tuple(Phase(name=n, seconds=s) for n, s in
-                         (("model", 1.2), ("start", 21.4 + of.tp), ("workload", 14.8), ("judge", 0.4), ("stop", 2.1))),
-            transcript_digest=of.key[::-1], proof=proof(of, ran=verdict not in ("unproven", "error")),
-        )  # fmt: skip
+            started="2026-11-24T03:12:09Z",
+            log_tail=log(of),
+            kv_cache_tokens=12_288 * (of.kvp if of.mode.helix else 1) // 1,
+            phases=tuple(
+                Phase(name=n, seconds=s)
+                for n, s in (("model", 1.2), ("start", 21.4 + of.tp), ("workload", 14.8), ("judge", 0.4), ("stop", 2.1))
+            ),
+            transcript_digest=of.key[::-1],
+            proof=proof(of, ran=verdict not in ("unproven", "error")),
+        )
     if judged:
         fields |= dict(
             statistics=statistics(40.0 if bad else 1.0),
@@ -132,38 +171,100 @@ def results() -> list[CellResult]:
         result(cell(*gqa, 4, 2, interleave=16), "pass", same, **on),
         result(cell("helix-gqa", "CPU_ATTN", "cpu", WIDE, 4, 2), "pass", same, baseline_id=wide.id),
         result(cell(*gqa, 8, 2), "rejected", rule, "rejected", "TPA must divide K"),
-        result(cell(*gqa, 4, 2, fault="swap-chunks"), "xfail", "planted defect was found: 3,911 of 4,096 steps differ", "xfail",
-               "the oracle must see a swapped exchange", **on),
-        result(cell("helix-gqa", "TORCH_SDPA", "cpu", TINY, 4, 2), "error", "server did not answer /health within 180 s: port 20114 "
-               "was taken by another process", log_tail=log(tp4, 60, "OSError: [Errno 98] Address already in use")),
-        result(cell("standard-dcp", "TORCH_SDPA", "cpu", TINY, 4, 2), "rejected", "refused at start-up: backend returns no LSE",
-               "rejected", "no LSE"),
+        result(
+            cell(*gqa, 4, 2, fault="swap-chunks"),
+            "xfail",
+            "planted defect was found: 3,911 of 4,096 steps differ",
+            "xfail",
+            "the oracle must see a swapped exchange",
+            **on,
+        ),
+        result(
+            cell("helix-gqa", "TORCH_SDPA", "cpu", TINY, 4, 2),
+            "error",
+            "server did not answer /health within 180 s: port 20114 was taken by another process",
+            log_tail=log(tp4, 60, "OSError: [Errno 98] Address already in use"),
+        ),
+        result(
+            cell("standard-dcp", "TORCH_SDPA", "cpu", TINY, 4, 2),
+            "rejected",
+            "refused at start-up: backend returns no LSE",
+            "rejected",
+            "no LSE",
+        ),
         result(cell("standard-dcp", "CPU_MLA", "cpu", LATENT, 2, 2), "pass", same, baseline_id=cpu_mla.id),
-        result(cell("helix-mla", "CPU_MLA", "cpu", LATENT, 2, 2), "unproven", "answers agree, but rank 1 counted no combine in "
-               "decode: the Helix path did not run", baseline_id=cpu_mla.id),
-        result(cell("helix-mla", "CPU_MLA", "cpu", LATENT, 4, 2), "rejected", "refused at start-up: Helix MLA wants TPA = 1, so DCP = "
-               "TP = 4; DCP 2 would keep 2 copies of the latent cache", "rejected", "TPA = 1 for MLA"),
-        result(cell("standard-dcp", "FLASH_ATTN", "hopper", NEMOTRON, 16, 2), "rejected", "refused at start-up: DCP 2 exceeds TP / K = 1",
-               declared="pass", why="capability table: FLASH_ATTN standard DCP ✓"),
-        result(cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 2, interleave=16), "fail", "3 of 4,096 forced steps differ from the "
-               "baseline beyond the null band; first at position 1,017 of prompt boundary-1000: |Δ logprob| 0.32 nat against 0.01",
-               baseline_id=hop.id),
-        result(cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 4, interleave=16), "pass", same, baseline_id=hop.id),
-        result(cell("helix-gqa", "FLASHINFER", "hopper", NEMOTRON, 8, 2), "xpass", "declared unsupported (no LSE in decode), yet 4,096 "
-               "steps agree and the exchange ran", "xfail", "capability table: FLASHINFER Helix ✗", baseline_id=hop.id),
-        result(cell("standard-dcp", "FLASHINFER", "hopper", NEMOTRON, 8, 2), "xfail", "wrong LSE base in a mixed batch, as in the known "
-               "limitation", "xfail", "upstream: LSE base 2 read as e", baseline_id=hop.id),
-        result(cell("helix-mla", "FLASHMLA", "hopper", LITE, 8, 8, interleave=64, serve=(("trust-remote-code", True),)), "pass", same,
-               baseline_id=mla.id),
-        result(cell("standard-dcp", "FLASHMLA", "hopper", LITE, 8, 8, interleave=64), "flaky", "attempt 1 failed at position 2,048, "
-               "attempt 2 passed", attempts=2, baseline_id=mla.id),
-        result(cell("helix-mla", "FLASH_ATTN_MLA", "hopper", LITE, 8, 8), "stale", "recorded for vLLM 0.31.2; run again"),
-    ]  # fmt: skip
+        result(
+            cell("helix-mla", "CPU_MLA", "cpu", LATENT, 2, 2),
+            "unproven",
+            "answers agree, but rank 1 counted no combine in decode: the Helix path did not run",
+            baseline_id=cpu_mla.id,
+        ),
+        result(
+            cell("helix-mla", "CPU_MLA", "cpu", LATENT, 4, 2),
+            "rejected",
+            "refused at start-up: Helix MLA wants TPA = 1, so DCP = "
+            "TP = 4; DCP 2 would keep 2 copies of the latent cache",
+            "rejected",
+            "TPA = 1 for MLA",
+        ),
+        result(
+            cell("standard-dcp", "FLASH_ATTN", "hopper", NEMOTRON, 16, 2),
+            "rejected",
+            "refused at start-up: DCP 2 exceeds TP / K = 1",
+            declared="pass",
+            why="capability table: FLASH_ATTN standard DCP ✓",
+        ),
+        result(
+            cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 2, interleave=16),
+            "fail",
+            "3 of 4,096 forced steps differ from the "
+            "baseline beyond the null band; first at position 1,017 of boundary-1000: |Δ logprob| 0.32 nat against 0.01",
+            baseline_id=hop.id,
+        ),
+        result(
+            cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 4, interleave=16), "pass", same, baseline_id=hop.id
+        ),
+        result(
+            cell("helix-gqa", "FLASHINFER", "hopper", NEMOTRON, 8, 2),
+            "xpass",
+            "declared unsupported (no LSE in decode), yet 4,096 steps agree and the exchange ran",
+            "xfail",
+            "capability table: FLASHINFER Helix ✗",
+            baseline_id=hop.id,
+        ),
+        result(
+            cell("standard-dcp", "FLASHINFER", "hopper", NEMOTRON, 8, 2),
+            "xfail",
+            "wrong LSE base in a mixed batch, as in the known limitation",
+            "xfail",
+            "upstream: LSE base 2 read as e",
+            baseline_id=hop.id,
+        ),
+        result(
+            cell("helix-mla", "FLASHMLA", "hopper", LITE, 8, 8, interleave=64, serve=(("trust-remote-code", True),)),
+            "pass",
+            same,
+            baseline_id=mla.id,
+        ),
+        result(
+            cell("standard-dcp", "FLASHMLA", "hopper", LITE, 8, 8, interleave=64),
+            "flaky",
+            "attempt 1 failed at position 2,048, attempt 2 passed",
+            attempts=2,
+            baseline_id=mla.id,
+        ),
+        result(
+            cell("helix-mla", "FLASH_ATTN_MLA", "hopper", LITE, 8, 8), "stale", "recorded for vLLM 0.31.2; run again"
+        ),
+    ]
     absent = [
-        cell("standard-tp", "CUTLASS_MLA", "blackwell", LITE, 8), cell("standard-dcp", "CUTLASS_MLA", "blackwell", LITE, 8, 8),
-        cell("helix-mla", "CUTLASS_MLA", "blackwell", LITE, 8, 8), cell("helix-mla", "FLASHINFER_MLA", "blackwell", LITE, 8, 8),
-        cell("helix-gqa", "FLASH_ATTN", "blackwell", NEMOTRON, 8, 2), cell("helix-mla", "TRITON_MLA", "blackwell-rtx", LITE, 8, 8),
-    ]  # fmt: skip
+        cell("standard-tp", "CUTLASS_MLA", "blackwell", LITE, 8),
+        cell("standard-dcp", "CUTLASS_MLA", "blackwell", LITE, 8, 8),
+        cell("helix-mla", "CUTLASS_MLA", "blackwell", LITE, 8, 8),
+        cell("helix-mla", "FLASHINFER_MLA", "blackwell", LITE, 8, 8),
+        cell("helix-gqa", "FLASH_ATTN", "blackwell", NEMOTRON, 8, 2),
+        cell("helix-mla", "TRITON_MLA", "blackwell-rtx", LITE, 8, 8),
+    ]
     return found + [result(of, "skip", f"no {of.hardware} GPU on this host (found: cpu, hopper)") for of in absent]
 
 
@@ -171,19 +272,34 @@ def hostile() -> CellResult:
     """A cell whose every free text is an attack on a page, a terminal or an XML reader."""
     of = cell("helix-gqa", "EVIL</script>", "cpu", HOSTILE, 4, 2, serve=(("x'y", "*[a]?$(rm -rf /)`|\n&"),))
     return result(
-        of, "fail", HOSTILE, why=HOSTILE, suites=(HOSTILE,), hardware_name=HOSTILE, command=HOSTILE,
-        versions=((HOSTILE, HOSTILE),), log_tail="\n".join([HOSTILE] * 40), proof=({HOSTILE: HOSTILE, "counters": HOSTILE},),
+        of,
+        "fail",
+        HOSTILE,
+        why=HOSTILE,
+        suites=(HOSTILE,),
+        hardware_name=HOSTILE,
+        command=HOSTILE,
+        versions=((HOSTILE, HOSTILE),),
+        log_tail="\n".join([HOSTILE] * 40),
+        proof=({HOSTILE: HOSTILE, "counters": HOSTILE},),
         statistics=(Statistic(name=HOSTILE, value=float("nan"), bound=float("inf"), n=1, unit=HOSTILE, note=HOSTILE),),
         differences=(Difference(prompt=HOSTILE, step=1, position=1, baseline=((1, float("-inf")),), candidate=()),),
-        phases=(Phase(name=HOSTILE, seconds=1.0),), started=HOSTILE, baseline_id=HOSTILE, localisation=HOSTILE,
-    )  # fmt: skip
+        phases=(Phase(name=HOSTILE, seconds=1.0),),
+        started=HOSTILE,
+        baseline_id=HOSTILE,
+        localisation=HOSTILE,
+    )
 
 
 def events(found: list[CellResult], name: str = "2026-11-24-031200-smoke", finished: bool = True) -> list[dict]:
     start = {
-        "event": "run-start", "run": name, "time": "2026-11-24T03:12:00Z", "hardware": ["cpu", "hopper"],
-        "argv": ["--all"], "planned": [one.cell.id for one in found],
-    }  # fmt: skip
+        "event": "run-start",
+        "run": name,
+        "time": "2026-11-24T03:12:00Z",
+        "hardware": ["cpu", "hopper"],
+        "argv": ["--all"],
+        "planned": [one.cell.id for one in found],
+    }
     middle = [{"event": "result", "result": one.model_dump(mode="json")} for one in found]
     return [start, *middle, *([{"event": "run-end", "time": "2026-11-24T03:41:37Z"}] if finished else [])]
 
