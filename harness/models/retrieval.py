@@ -147,7 +147,7 @@ def _chain(query: int, found: dict[int, list[tuple[float, int, int]]]) -> list[i
 
 
 def _spread(depth: float, turn: int, free: np.ndarray) -> int:
-    """A free place near `depth` (within 200 tokens) on rank `turn` of any KVP at interleave 1 and 16, if there is one."""
+    """A free place within 200 tokens of `depth` on rank `turn` of 2, 4 and 8 at interleave 1 and 16, if possible."""
     fits = np.flatnonzero(free[1:] & free[:-1]) + 1
     away = np.abs(fits - depth * (len(free) - 1))
     worse = (fits % 8 != turn % 8) * 2 + (fits // 16 % 8 != turn % 8) * 1

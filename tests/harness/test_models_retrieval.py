@@ -1,4 +1,4 @@
-"""Retrieval recipes: they find what was asked for, at any depth, and show it when a shard, a head or a weight is wrong."""
+"""Retrieval recipes find what was asked for at any depth, and show when a shard, a head or a weight is wrong."""
 
 import hashlib
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file  # noqa: E402
 
 from harness.models import RECIPES, codes, ensure, shape  # noqa: E402
 from harness.models.circuit import kernel  # noqa: E402
@@ -84,10 +86,9 @@ def test_a_folder_has_the_same_bytes_every_time_and_exact_bf16_weights(name, tmp
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in ensure(name).iterdir()}
 
     assert digests("one") == digests("two")
-    for array in find(name).weights().values():
-        tensor = torch.from_numpy(array)
-        assert torch.equal(tensor, tensor.bfloat16().float())
-    assert sum(array.nbytes for array in find(name).weights().values()) < 25e6
+    tensors = load_file(ensure(name) / "model.safetensors").values()
+    assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in tensors)
+    assert sum(tensor.nbytes for tensor in tensors) < 25e6
 
 
 def test_any_two_words_differ_in_four_signs_of_every_block():
@@ -155,9 +156,7 @@ def test_masked_shards_silent_heads_and_wrong_weights_show(nets, name, kvp, inte
     assert len(hurt.silent_head) == 2 and min(hurt.silent_head) > 20 * ROUNDING
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-retrieve-k2-q16", "llama-retrieve-k3", "llama-retrieve-k6", "llama-retrieve-k8"]
-)
+@pytest.mark.parametrize("name", [f"llama-retrieve-{heads}" for heads in ("k2-q16", "k3", "k6", "k8")])
 def test_every_head_matters_in_every_shape(nets, name):
     net, recipe = nets(name), find(name)
     asked = make_prompt(name, 100, [Needle(0.4, KEY, VALUE)], KEY)
@@ -172,9 +171,8 @@ def test_every_head_matters_in_every_shape(nets, name):
 def test_merging_shards_by_the_right_weights_changes_nothing(nets, name):
     asked = make_prompt(name, 60, [Needle(0.5, KEY, VALUE)], KEY)
     whole = nets(name).logprobs(asked.tokens)
-    merged = nets(name).logprobs(
-        asked.tokens, wound=Wound(merge="right", kvp=4, interleave=16)
-    )  # first tokens: 3 empty
+    # The first 16 tokens have three empty shards.
+    merged = nets(name).logprobs(asked.tokens, wound=Wound(merge="right", kvp=4, interleave=16))
     np.testing.assert_allclose(merged, whole, atol=ROUNDING)
 
 
@@ -248,5 +246,5 @@ def test_prompts_that_cannot_be_made_are_refused():
         make_prompt("llama-retrieve-k2", 5, [Needle(0.5, KEY, VALUE), Needle(0.5, KEY + 1, VALUE)], KEY)
     with pytest.raises(ValueError, match="values 100"):
         make_prompt("llama-retrieve-k2", 50, [Needle(0.5, KEY, 300)], KEY)
-    with pytest.raises(ValueError, match="rank 3 of 4 can hold no value"):
+    with pytest.raises(ValueError, match="rank 3 of 4 stores no place"):
         place_in_shard(100, 4, 64, 3)
