@@ -7,7 +7,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from harness.cell import Cell, Mode
+from harness.cell import Cell, Mode, python
 from harness.frozen import Frozen
 from harness.models import ensure
 from harness.models.recipe import PREFIX
@@ -49,6 +49,8 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
             given["helix"] = {**given.get("helix", {}), **helix, **({"fault": cell.fault} if cell.fault else {})}
     if given:
         argv += ["--additional-config", json.dumps(given)]
+    if cell.hardware == "cpu":
+        argv = _forked(argv)
     env = environment(cell, api_key, offline=recipe)
     return Launch(
         argv=tuple(argv),
@@ -75,6 +77,12 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
     if cell.baseline:
         env["VLLM_PLUGINS"] = ""  # not even loaded: a baseline is stock
     return env | dict(cell.env)
+
+
+def _forked(argv: list[str]) -> list[str]:
+    """The same server with forked workers: imports are paid once, not once a rank (`fork_start.py`)."""
+    module = ["helix_runtime.serve", *argv[1:]] if argv[0] == "helix" else argv[2:]
+    return [python(), "-m", "harness.server.fork_start", *module]
 
 
 def _take_additional_config(argv: list[str]) -> tuple[list[str], dict]:

@@ -7,6 +7,8 @@ Upstream: none; no engine offers it.
 Remove when: a device-side exchange between processes on one GPU replaces the staging.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -42,6 +44,9 @@ def install() -> None:
     """Patch this worker process before its process groups exist."""
     from vllm.platforms import current_platform
 
+    # Upstream's symmetric-memory collectives refuse ranks on one device.
+    for name in ("A2A", "Q_GATHER", "KV_GATHER"):
+        os.environ[f"VLLM_USE_DIRECT_DCP_{name}"] = "0"
     platform = type(current_platform)
     platform.dist_backend = "gloo"
     platform.get_device_communicator_cls = classmethod(lambda cls: _COMMUNICATOR)
