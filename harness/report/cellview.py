@@ -111,7 +111,7 @@ def view(
     cell = result.cell
     lines = clean(result.log_tail).rstrip().splitlines()
     whole = whole_log or len(lines) <= _LOG_LINES
-    total = sum(phase.seconds for phase in result.phases) or 1.0
+    total = sum(phase.seconds for phase in result.phases)
     options, notes = _options(result)
     return CellView(
         result=result,
@@ -139,7 +139,7 @@ def view(
         ],
         plot=drawing.gaps(result.differences),
         differences=[_side_by_side(difference) for difference in result.differences],
-        phases=[(phase.name, seconds(phase.seconds), phase.seconds / total) for phase in result.phases],
+        phases=[(phase.name, seconds(phase.seconds), _share(phase.seconds, total)) for phase in result.phases],
         kv=_kv(result, baseline),
         baseline=fragment(cell=baseline.cell.id) if baseline else "",
         log_end="\n".join(lines if whole else lines[-_LOG_LINES:]),
@@ -147,6 +147,11 @@ def view(
         log_lines=len(lines),
         earlier=earlier,
     )
+
+
+def _share(part: float, total: float) -> float:
+    """`part` of `total` as 0 to 1; 0 where the numbers make no sense."""
+    return part / total if 0 <= part <= total and 0 < total < float("inf") else 0.0
 
 
 def _options(result: CellResult) -> tuple[list[str], list[str]]:

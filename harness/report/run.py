@@ -89,9 +89,14 @@ def parse_result(record: object) -> CellResult:
     try:
         result = CellResult.model_validate(record)
         result.model_dump_json()  # an unpaired surrogate validates, and breaks whatever writes it
-        return result
     except (ValueError, RecursionError):
-        pass
+        result = _second_try(record)
+    if result.kv_cache_tokens is not None and not 0 <= result.kv_cache_tokens < 2**63:
+        raise ValueError("result does not fit this version: kv_cache_tokens: out of range")
+    return result
+
+
+def _second_try(record: object) -> CellResult:
     try:
         return CellResult.model_validate(_mended(record))
     except ValidationError as problem:

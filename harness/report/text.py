@@ -64,6 +64,6 @@ def number(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    if value < 60:
+    if not 60 <= value < 1e9:  # a NaN too is shown as it is
         return f"{value:.1f} s"
     return f"{int(value // 60)} min {int(value % 60)} s"

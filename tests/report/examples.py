@@ -218,7 +218,7 @@ def results() -> list[CellResult]:
             cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 2, interleave=16),
             "fail",
             "3 of 4,096 forced steps differ from the "
-            "baseline beyond the null band; first at position 1,017 of boundary-1000: |Δ logprob| 0.32 nat against 0.01",
+            "baseline beyond the null band; first at position 1,017 of boundary-1000: |Δ logprob| 0.32 nat over 0.01",
             baseline_id=hop.id,
         ),
         result(

@@ -62,6 +62,15 @@ def test_null_statistics_and_lone_surrogates_are_mended(tmp_path):
     report.write(tmp_path)
 
 
+def test_numbers_that_make_no_sense_are_shown_or_named(tmp_path):
+    odd = PASS.model_dump(mode="json") | {"phases": [{"name": "start", "seconds": float("nan")}]}
+    huge = examples.results()[1].model_dump(mode="json") | {"kv_cache_tokens": 10**400}
+    lines = [json.dumps({"event": "result", "result": one}) + "\n" for one in (odd, huge)]
+    (tmp_path / "ledger.ndjson").write_text("".join(lines))
+    page = report.write(tmp_path).read_text()
+    assert "nan s" in page and "kv_cache_tokens: out of range" in page
+
+
 texts = st.one_of(
     st.text(max_size=30), st.just(examples.HOSTILE), st.sampled_from(["\x00", "\ud800", "]]>", "{{ 7*7 }}"])
 )
