@@ -32,7 +32,7 @@ class Retrieval(Frozen):
     """
 
     gap: float = 24.0
-    self_share: float = 0.01
+    self_share: float = 0.003
     match: float = 32.0
     mlp: float = 0.2
     echo: float = 0.5
