@@ -25,7 +25,7 @@ STOCK_ON_CPU = {"HELIX_CPU": "CPU_ATTN", "HELIX_CPU_MLA": "CPU_MLA"}
 class PlannedCell(Frozen):
     """A cell and what is known before it runs.
 
-    `baseline` is the cell whose transcript it is compared with, None for baselines and for declared refusals.
+    `baseline` is the cell whose transcript it is compared with, None for references and for declared refusals.
     `refusal` is text that a declared refusal must contain (None: any refusal by name of this cell's options).
     `skip` is the reason why this host cannot run it, else None; `declared` says what it would be elsewhere.
     """
@@ -116,6 +116,7 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
 def baseline_of(cell: Cell) -> Cell | None:
     """What `cell` is compared with: standard TP with the same TP, model, options and workload, on stock attention.
 
+    Options that only mean something with DCP (`dcp-…`) are left out.
     A baseline on several ranks is itself compared with one rank where its model is small enough to be made on the spot
     (a recipe); TP1 has nothing to be compared with.
     """
@@ -129,7 +130,7 @@ def baseline_of(cell: Cell) -> Cell | None:
         hardware=cell.hardware,
         model=cell.model,
         tp=cell.tp,
-        serve=cell.serve,
+        serve=tuple((name, value) for name, value in cell.serve if not name.startswith("dcp-")),
         env=cell.env,
         workload=cell.workload,
         vllm_version=cell.vllm_version,
@@ -150,7 +151,10 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
 
 
 def select(plan: Sequence[PlannedCell], globs: Iterable[str]) -> list[PlannedCell]:
-    """The cells whose id matches any glob, and their baselines. Raises PlanError for a glob that matches nothing."""
+    """The cells whose id matches any glob, with their baselines and what those are compared with.
+
+    Raises PlanError for a glob that matches nothing.
+    """
     globs = list(globs)
     if not globs:
         return list(plan)
@@ -161,7 +165,11 @@ def select(plan: Sequence[PlannedCell], globs: Iterable[str]) -> list[PlannedCel
             near = difflib.get_close_matches(glob, [item.cell.id for item in plan], n=3, cutoff=0.3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise PlanError(f"--cell '{glob}' matches none of {len(plan)} cells{hint}")
-        wanted |= {item.cell.key for item in hits} | {item.baseline.key for item in hits if item.baseline}
+        wanted |= {item.cell.key for item in hits}
+    # A baseline stands before what is compared with it, so one walk backwards takes whole chains along.
+    for item in reversed(plan):
+        if item.cell.key in wanted and item.baseline:
+            wanted.add(item.baseline.key)
     return [item for item in plan if item.cell.key in wanted]
 
 

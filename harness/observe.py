@@ -7,6 +7,7 @@ from harness.matrix import PlannedCell
 from harness.oracle.band import band_of
 from harness.oracle.judge import Judgement, judge
 from harness.oracle.proof import check_proof
+from harness.result import Statistic
 from harness.server.log import Cause
 from harness.transcript import Transcript
 from harness.verdict import Verdict
@@ -90,3 +91,13 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     verdict = Verdict.XPASS if item.declared is Verdict.XFAIL else Verdict.PASS
     return Observation(verdict, judgement.reason, judgement)
+
+
+def with_capacity(seen: Observation, found: Statistic | None) -> Observation:
+    """`seen` with the measured KV capacity among its statistics; a cell that agrees but misses its promise fails."""
+    if found is None or seen.judgement is None:
+        return seen
+    judgement = seen.judgement.model_copy(update={"statistics": (*seen.judgement.statistics, found)})
+    if seen.verdict is Verdict.PASS and found.value > found.bound:
+        return Observation(Verdict.FAIL, f"answers agree, but the KV cache holds {found.note}", judgement)
+    return seen._replace(judgement=judgement)

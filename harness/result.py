@@ -1,4 +1,4 @@
-"""The record of one cell: declared and observed verdict, the reason in a sentence, and the evidence. Ledger -> report."""
+"""The record of one cell: declared and observed verdict, the reason in a sentence, the evidence. Ledger -> report."""
 
 from harness.cell import Cell
 from harness.frozen import Frozen

@@ -16,7 +16,8 @@ from harness.verdict import TABLE, Effect, Verdict, exit_status
 if TYPE_CHECKING:
     from harness.cli import Request
 
-RUNS = ROOT / "reports" / "runs"
+REPORTS = ROOT / "reports"
+RUNS = REPORTS / "runs"
 INTERRUPTED = 130
 
 
@@ -135,6 +136,12 @@ def _runner() -> Runner:
 
 
 def _reporter() -> Reporter:
-    from harness.report import write
+    from harness.report import index, write
 
-    return write
+    def write_and_list(run_dir: Path) -> Path:
+        page = write(run_dir)
+        if run_dir.resolve().is_relative_to(REPORTS.resolve()):
+            index(REPORTS)
+        return page
+
+    return write_and_list

@@ -11,13 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from harness.capacity import capacity
 from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor
 from harness.hardware import detect
 from harness.ledger import Ledger, now
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
-from harness.observe import Observation, observe
+from harness.observe import Observation, observe, with_capacity
 from harness.result import CellResult
 from harness.transcript import Transcript
 from harness.verdict import Verdict
@@ -67,6 +68,7 @@ class _Run:
         self.versions = versions()
         self.results: dict[str, CellResult] = {}
         self.references: dict[str, Transcript | None] = {}  # of finished baselines, by key; None: it failed
+        self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
 
     def run(self) -> list[CellResult]:
         planned = [item.cell.id for item in self.plan]
@@ -125,15 +127,19 @@ class _Run:
                 forced = None if cell.baseline else follow
                 attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), forced, ask)
                 seen = observe(item, attempt, follow)
+                if item.baseline:
+                    base_tokens = self.capacities.get(item.baseline.key)
+                    seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
             except Exception as problem:
                 where = traceback.extract_tb(problem.__traceback__)[-1]
                 said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"
                 seen = Observation(Verdict.ERROR, said)
-        where = self._localise(item, seen)
         if self.executor.cancel.is_set() and item.skip is None:
             return
+        where = self._localise(item, seen)  # interrupted here, the verdict stands
         if cell.baseline:
             complete = attempt is not None and seen.verdict is Verdict.PASS
+            self.capacities[cell.key] = attempt.kv_cache_tokens if attempt else None
             self.references[cell.key] = attempt.transcript if complete else None
         result = self._result(item, seen, attempt, started, where)
         self.results[cell.key] = result
@@ -154,8 +160,9 @@ class _Run:
         self.progress(f"localise  {item.cell.id}")
         folder = self.run_dir / "cells" / folder_name(item.cell) / "capture"
         try:
-            self.executor.attempt(with_capture(item.cell), folder, self.references[item.baseline.key])
-            return describe(folder / "proof")
+            attempt = self.executor.attempt(with_capture(item.cell), folder, self.references[item.baseline.key])
+            told = describe(folder / "proof")
+            return f"{told}; that run failed: {attempt.failure.reason}" if attempt.failure else told
         except Exception as problem:
             return f"localisation failed: {type(problem).__name__}: {problem}"
 

@@ -18,6 +18,7 @@ Profile = Literal["smoke", "standard"]
 INTERLEAVES = (1, 16)
 DEFAULT_BLOCK = 128  # vLLM's own on CPU
 LONG = 1000
+BOUNDARY_BATCH = 2  # the number of the batch in which boundary prompts go out together
 FIRST_WORD = 4  # below are special tokens
 
 
@@ -88,7 +89,9 @@ def make_workload(
 
     for length, why in sorted(boundaries(tp, block).items()):
         if fits(length, budget.boundary):
-            add("boundary", why, length, budget.boundary)
+            # Short ones go alone, which shows a batch of one; longer ones together, which saves time.
+            alone = length <= 2 * tp
+            add("boundary", why, length, budget.boundary, batch=0 if alone else BOUNDARY_BATCH)
     add("decode", f"decode of {budget.decode} tokens crosses owners and blocks", 7, budget.decode)
     long = min(LONG, max_model_len - budget.batched)
     why = f"{long} tokens: many blocks on every rank, several prefill chunks where chunks are small"

@@ -1,0 +1,40 @@
+"""What a layout buys: KV cache tokens of a cell against its baseline, measured, beside what the layout promises."""
+
+from harness.cell import Cell
+from harness.declared import shape_of
+from harness.result import Statistic
+from helix_runtime.layout import resolve_layout
+
+#: Servers round to whole blocks, so the ratio is met to a little less than exactly.
+TOLERANCE = 0.02
+
+
+def promised(cell: Cell) -> float:
+    """By what factor the tokens that fit grow against standard TP: GQA max(1, TP/K), MLA KVP.
+
+    Raises LayoutError or LookupError for a layout or model that the rules do not know.
+    """
+    layout = resolve_layout(
+        tensor_parallel_size=cell.tp,
+        decode_context_parallel_size=cell.kvp,
+        **shape_of(cell.model).layout_arguments(),
+        helix_mode=cell.mode.helix,
+        interleave_size=cell.interleave,
+        allow_gqa_tpa1=True,
+    )
+    return layout.kv_capacity_factor
+
+
+def capacity(cell: Cell, tokens: int | None, baseline_tokens: int | None) -> Statistic | None:
+    """The relative miss of the promised factor, or None where a server reported no capacity or is a baseline."""
+    if cell.kvp == 1 or not tokens or not baseline_tokens:
+        return None
+    factor, ratio = promised(cell), tokens / baseline_tokens
+    return Statistic(
+        name="KV capacity against the promised",
+        value=abs(ratio / factor - 1),
+        bound=TOLERANCE,
+        n=1,
+        unit="relative",
+        note=f"{tokens} tokens, {ratio:.3g} times the baseline's {baseline_tokens}; the layout promises {factor:.3g}",
+    )
