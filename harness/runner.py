@@ -45,20 +45,32 @@ def run(
     runtime: str = "process",
     progress: Progress = print,
     executor: Executor | None = None,
+    localise: bool = True,
 ) -> list[CellResult]:
     """Run `plan` with at most `jobs` servers at a time; one result a cell, in the plan's order, each in the ledger.
+
+    `localise`: run a cell that failed once more, with capture on, to tell where it goes wrong.
 
     Ctrl-C stops what runs and raises KeyboardInterrupt after all servers are gone; a second one kills them. What was
     interrupted has no result. ValueError for a runtime that is not built.
     """
     if runtime != "process":
         raise ValueError(f"runtime {runtime!r} is not built; allowed: process")
-    return _Run(plan, Path(run_dir), jobs, progress, executor or LocalExecutor()).run()
+    return _Run(plan, Path(run_dir), jobs, progress, executor or LocalExecutor(), localise).run()
 
 
 class _Run:
-    def __init__(self, plan: Sequence[PlannedCell], run_dir: Path, jobs: int, progress: Progress, executor: Executor):
+    def __init__(
+        self,
+        plan: Sequence[PlannedCell],
+        run_dir: Path,
+        jobs: int,
+        progress: Progress,
+        executor: Executor,
+        localise: bool,
+    ):
         self.plan = list(plan)
+        self.localise = localise
         self.run_dir = run_dir
         self.jobs = jobs
         self.progress = progress
@@ -155,7 +167,8 @@ class _Run:
 
     def _localise(self, item: PlannedCell, seen: Observation) -> str:
         """For answers that differ: one more run with capture on, told as a sentence. Never changes the verdict."""
-        if seen.verdict is not Verdict.FAIL or seen.judgement is None or not can_localise(item.cell):
+        wrong = seen.verdict is Verdict.FAIL and seen.judgement is not None and not seen.judgement.agree
+        if not (self.localise and wrong and can_localise(item.cell)):
             return ""
         self.progress(f"localise  {item.cell.id}")
         folder = self.run_dir / "cells" / folder_name(item.cell) / "capture"

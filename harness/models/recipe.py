@@ -185,5 +185,11 @@ def _llama_k4() -> Recipe:
 
 
 @recipe
+def _llama_k6() -> Recipe:
+    # For six ranks: vocabulary and widths divide by 6 as well.
+    return Recipe(name="llama-k6", heads=24, kv_heads=6, hidden=384, intermediate=768, vocab=576)
+
+
+@recipe
 def _qwen3_k4() -> Recipe:
     return Recipe(name="qwen3-k4", architecture="Qwen3ForCausalLM", model_type="qwen3", kv_heads=4, qk_norm=True)
