@@ -26,8 +26,12 @@ def promised(cell: Cell) -> float:
 
 
 def capacity(cell: Cell, tokens: int | None, baseline_tokens: int | None) -> Statistic | None:
-    """The relative miss of the promised factor, or None where a server reported no capacity or is a baseline."""
-    if cell.kvp == 1 or not tokens or not baseline_tokens:
+    """The relative miss of the promised factor.
+
+    None for baselines, where a server reported no capacity, and where blocks rather than bytes were given.
+    """
+    given = "num-gpu-blocks-override" in dict(cell.serve)
+    if cell.kvp == 1 or given or not tokens or not baseline_tokens:
         return None
     factor, ratio = promised(cell), tokens / baseline_tokens
     return Statistic(
