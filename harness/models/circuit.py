@@ -13,8 +13,8 @@ tokens, adds the bonus of the word that stands there, and copies that word's *ow
 
 Values go through a random orthogonal mix, of which every query head writes back its own slice: each head carries a part
 of every code, and none can fail unseen. `lm_head` also reads *before* a little, so layer 0 shows in every decode step.
-A large constant in the stream keeps RMSNorm's divisor constant to 0.1 %. All weights are exact in bf16, so an fp32 and
-a bf16 server run the same model.
+A large constant in the stream keeps the divisor of the norms before attention the same to 0.1 %. All weights are exact
+in bf16, so an fp32 and a bf16 server run the same model.
 """
 
 import math
