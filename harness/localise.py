@@ -7,22 +7,7 @@ import json
 from pathlib import Path
 
 from harness.cell import Cell
-from harness.frozen import Frozen
-
-
-class Deviation(Frozen):
-    """The first merged attention of one rank that differs; fields as the worker wrote them."""
-
-    call: int
-    layer: int
-    head: int
-    rank: int
-    kvp_rank: int
-    request: int
-    position: int
-    requests: int
-    decode: bool
-    error: float
+from helix_runtime.proof import Deviation
 
 
 def can_localise(cell: Cell) -> bool:

@@ -50,6 +50,26 @@ class RankProof:
     counters: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Deviation:
+    """The first merged attention of one rank that differs from fp64 (`vllm_plugin/capture.py`).
+
+    call: attention calls before it on this rank. head: query head of the model. request, position: row of the batch and
+    position in its sequence. error: relative to the largest value of the right answer.
+    """
+
+    call: int
+    layer: int
+    head: int
+    rank: int
+    kvp_rank: int
+    request: int
+    position: int
+    requests: int
+    decode: bool
+    error: float
+
+
 class ProofWriter:
     """Counters of one worker. Without a folder every call is a no-op on a private array."""
 

@@ -7,32 +7,16 @@ error outside attention shows nothing here. Slow: for one more run of a cell tha
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from helix_runtime.attention.paged import PagedShard
+from helix_runtime.proof import Deviation
 from helix_runtime.sharding import global_positions, local_lengths
 from helix_runtime.vllm_plugin.faults import Site
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """The worst head of one attention call that differs: `error` relative to the largest value of the right answer."""
-
-    call: int
-    layer: int
-    head: int
-    rank: int
-    kvp_rank: int
-    request: int
-    position: int
-    requests: int
-    decode: bool
-    error: float
-
 
 #: Relative error that a right merge stays far below; `tests/vllm_plugin/test_capture.py` measures it in fp32.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
