@@ -114,8 +114,9 @@ def test_list_counts_what_runs_here(call):
     status, out, _ = call("--list")
     assert status == 0
     rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines() if line[:5] in ("smoke", "helix")}
-    assert rows["smoke"] == ["3", "3"]
-    assert rows["helix-mla"][1] == "0"
+    assert rows["smoke"] == ["4", "4"]  # the TP1 reference, the baseline, the Helix cell, the refusal
+    # 4 cells, 2 baselines and their 2 references on CPU; 41 for GPUs
+    assert rows["helix-mla"] == ["49", "8"]
 
 
 def test_list_verbose_says_the_declared_verdict_and_why(call):
@@ -152,7 +153,12 @@ def test_dry_run_as_json_is_the_same_list(call):
     cells = json.loads(out)
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert [cell["shown"] for cell in cells] == commands
-    assert [cell["baseline"] for cell in cells] == [None, "cpu/standard-tp/CPU_ATTN/llama-k4/tp4/workload=smoke", None]
+    assert [cell["baseline"] for cell in cells] == [
+        None,
+        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=smoke@4",
+        "cpu/standard-tp/CPU_ATTN/llama-k4/tp4/workload=smoke",
+        None,
+    ]
 
 
 def test_hardware_may_be_named_for_planning(call):
@@ -161,7 +167,7 @@ def test_hardware_may_be_named_for_planning(call):
     _, out, _ = call("--suite", "smoke", "--list", found=[HOPPER])
     assert "0  The fastest" in " ".join(out.split()).replace(" The", "  The")
     _, out, _ = call("--suite", "smoke", "--list", "--hardware", "cpu", found=[HOPPER])
-    assert "3  The fastest" in " ".join(out.split()).replace(" The", "  The")
+    assert "4  The fastest" in " ".join(out.split()).replace(" The", "  The")
 
 
 def test_a_run_reports_and_ends_0(call, fake, tmp_path):
@@ -169,12 +175,12 @@ def test_a_run_reports_and_ends_0(call, fake, tmp_path):
     status, out, _ = call("--suite", "smoke", "--jobs", "2")
     assert status == 0
     (plan, run_dir, jobs, runtime) = runner.calls[0]
-    assert (len(plan), jobs, runtime) == (3, 2, "process")
+    assert (len(plan), jobs, runtime) == (4, 2, "process")
     assert run_dir.is_dir()
     assert run_dir.parent == tmp_path / "runs"
     assert "runtime: process (auto: containers are not built yet" in out
     assert f"start {SMOKE_HELIX}" in out
-    assert "3 cells: 2 pass, 1 rejected" in out
+    assert "4 cells: 3 pass, 1 rejected" in out
     assert out.splitlines()[-1] == f"report: {run_dir}/index.html"
 
 

@@ -1,6 +1,7 @@
 """Suites -> the one list of cells: axes, baselines, keys, declared verdicts, what a host skips."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -88,12 +89,12 @@ def test_a_changed_copy_of_a_cell_has_a_key_and_an_id_of_its_own():
 
 def test_a_baseline_is_added_before_its_cells_and_once():
     plan = expand([suite(interleave=[1, 16], serve={"seed": 3})], [CPU])
-    base, first, second = plan
-    assert [item.cell.mode for item in plan] == [Mode.STANDARD_TP, Mode.HELIX_GQA, Mode.HELIX_GQA]
+    reference, base, first, second = plan
+    assert [item.cell.mode for item in plan] == [Mode.STANDARD_TP] * 2 + [Mode.HELIX_GQA] * 2
     assert first.baseline == second.baseline == base.cell
     assert (base.cell.backend, base.cell.tp, base.cell.kvp, base.cell.interleave) == ("CPU_ATTN", 4, 1, 1)
     assert (base.cell.comm, base.cell.helix, base.cell.serve) == (None, (), (("seed", 3),))
-    assert base.baseline is None
+    assert base.baseline == reference.cell
     assert base.declared is Verdict.PASS
     assert base.cell.command()[-2:] == ["--seed", "3"]
     assert "--helix-mode" not in base.cell.command()
@@ -106,8 +107,8 @@ def test_a_gpu_baseline_keeps_the_backend():
 
 def test_the_same_cell_of_two_suites_is_one_cell():
     plan = expand([suite("one"), suite("two", interleave=[1, 16])], [CPU])
-    assert [item.suites for item in plan] == [("one", "two"), ("one", "two"), ("two",)]
-    assert len({item.cell.key for item in plan}) == len({item.cell.id for item in plan}) == 3
+    assert [item.suites for item in plan] == [("one", "two"), ("one", "two"), ("one", "two"), ("two",)]
+    assert len({item.cell.key for item in plan}) == len({item.cell.id for item in plan}) == 4
 
 
 def test_suites_may_not_contradict_each_other():
@@ -134,7 +135,7 @@ def test_an_illegal_layout_is_declared_rejected_by_its_rule(group, refusal):
 
 
 def test_the_switch_makes_tpa1_legal():
-    base, item = expand([suite(layout={"tp": 4, "dcp": 4}, helix={"allow_gqa_tpa1": True})], [CPU])
+    _, base, item = expand([suite(layout={"tp": 4, "dcp": 4}, helix={"allow_gqa_tpa1": True})], [CPU])
     assert item.declared is Verdict.PASS
     assert item.baseline == base.cell
 
@@ -178,11 +179,12 @@ def test_absent_hardware_and_too_few_gpus_are_skips_with_the_reason():
 def test_selection_takes_baselines_along():
     plan = expand([suite(interleave=[1, 16])], [CPU])
     assert [item.cell.id for item in select(plan, ["*/i16"])] == [
+        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=standard@4",
         "cpu/standard-tp/CPU_ATTN/llama-k4/tp4",
         "cpu/helix-gqa/HELIX_CPU/llama-k4/tp4-dcp2/i16",
     ]
     assert select(plan, []) == plan
-    with pytest.raises(PlanError, match=r"matches none of 3 cells; nearest: cpu/helix-gqa"):
+    with pytest.raises(PlanError, match=r"matches none of 4 cells; nearest: cpu/helix-gqa"):
         select(plan, ["cpu/helix-gqa/HELIX_CPU/llama-k4/tp4-dcp2/i17"])
 
 
@@ -190,13 +192,15 @@ def test_no_two_cells_share_an_id():
     with pytest.raises(SuiteError, match="more than 20000 cells"):
         expand([suite(serve={"a": list(range(150)), "b": list(range(150))})], [CPU])
     plan = expand([suite(serve={"max-model-len": [2048, 4096], "seed": [0, 1]})], [CPU])
-    assert len({item.cell.id for item in plan}) == len(plan) == 8
+    assert len({item.cell.id for item in plan}) == len(plan) == 12
 
 
 def test_ten_thousand_cells_expand():
     plan = expand([suite(serve={"a": list(range(100)), "b": list(range(50))})], [CPU])
-    assert len(plan) == 10_000
-    assert all(item.baseline for item in plan[1::2])
+    assert len(plan) == 15_000  # 5,000 cells, each with a baseline and a TP1 reference of its own
+    assert [item.cell.tp for item in plan] == [1, 4, 4] * 5_000
+    assert not any(item.baseline for item in plan[0::3])
+    assert all(item.baseline == before.cell for before, item in pairwise(plan) if item.baseline)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +240,12 @@ def test_the_cpu_cells_that_the_claim_stands_on(committed):
         "cpu/helix-gqa/HELIX_CPU/qwen3-k4/tp4-dcp2/a2a/i1",
         "cpu/standard-dcp/HELIX_CPU/llama-k2/tp4-dcp2/a2a/i1",
         "cpu/standard-dcp/HELIX_CPU/llama-k2/tp4-dcp2/ag_rs/i1",
+        "cpu/standard-dcp/HELIX_CPU_MLA/deepseek-v2/tp4-dcp2/ag_rs/i16/block-size=16",
+        "cpu/standard-dcp/HELIX_CPU_MLA/deepseek-v2/tp4-dcp2/a2a/i16/block-size=16",
+        "cpu/helix-mla/HELIX_CPU_MLA/deepseek-v2/tp4-dcp4/a2a/i1/block-size=16",
+        "cpu/helix-mla/HELIX_CPU_MLA/deepseek-v2/tp4-dcp4/a2a/i16/block-size=16",
+        "cpu/helix-mla/HELIX_CPU_MLA/deepseek-v2/tp2-dcp2/a2a/i1/block-size=16/workload=smoke",
+        "cpu/helix-mla/HELIX_CPU_MLA/deepseek-v2/tp2-dcp2/ag_rs/i1/block-size=16/workload=smoke",
     ):
         assert here[id] is Verdict.PASS
     assert list(here.values()).count(Verdict.REJECTED) == 8

@@ -7,7 +7,7 @@ import pytest
 
 from harness.cell import Cell, Mode
 from harness.oracle.band import BANDS, Band, band_of
-from harness.oracle.compare import compare, divergence, widest
+from harness.oracle.compare import Missing, compare, divergence, widest
 from harness.oracle.judge import judge
 from harness.oracle.proof import check_proof
 from harness.transcript import Answer, Step, Transcript
@@ -22,9 +22,9 @@ def step(token: int, **top: float) -> Step:
     return Step(token_id=token, logprob=values.get(token, -9.0), top=values)
 
 
-def transcript(*answers: tuple[str, tuple[Step, ...]], workload: str = "w") -> Transcript:
+def transcript(*answers: tuple[str, tuple[Step, ...]], workload: str = "w", forced: bool = False) -> Transcript:
     made = tuple(
-        Answer(prompt=name, kind="boundary", prompt_length=5, batch=0, forced=False, steps=steps)
+        Answer(prompt=name, kind="boundary", prompt_length=5, batch=0, forced=forced, steps=steps)
         for name, steps in answers
     )
     return Transcript(
@@ -92,7 +92,7 @@ def test_a_lost_best_token_counts_only_beyond_the_margin():
     ],
 )
 def test_missing_short_and_other_answers_differ(answers, said):
-    found = judge(transcript(("p", (ONE, TWO))), transcript(*answers), BAND)
+    found = judge(transcript(("p", (ONE, TWO))), transcript(*answers, forced=True), BAND)
     assert not found.agree and "missing answers" in found.reason and said in found.reason
 
 
@@ -105,10 +105,38 @@ def test_what_is_no_number_differs(bad):
     assert all(math.isfinite(number) for _, number in found.differences[0].candidate)
 
 
-def test_steps_are_compared_on_the_same_prefix_only():
+def test_forced_steps_are_compared_on_the_same_tokens_only():
     other = step(3, t3=-0.1, t1=-3.0)
-    found = compare(transcript(("p", (ONE, TWO, ONE))), transcript(("p", (ONE, other, ONE))))
+    found = compare(transcript(("p", (ONE, TWO, ONE))), transcript(("p", (ONE, other, ONE)), forced=True))
     assert [change.step for change in found.steps] == [0]
+    assert found.missing == [Missing("p", "only 1 of 3 steps on the same tokens")]
+
+
+def test_free_answers_are_compared_up_to_and_with_the_step_where_they_part():
+    reference = transcript(("p", (ONE, step(1, t1=-0.7, t2=-0.75, t3=-4.0), ONE, TWO)))
+    parted = step(2, t2=-0.72, t1=-0.74, t3=-4.1)
+    # Step 2 has the same token as the reference's, but stands behind another one: it says nothing.
+    found = compare(reference, transcript(("p", (ONE, parted, ONE, TWO))))
+    assert found.missing == []
+    assert [(change.step, change.position) for change in found.steps] == [(0, 5), (1, 6)]
+    last = found.steps[1]
+    assert last.change == pytest.approx(0.04)  # of token 1, the reference's: -0.7 and -0.74; not -0.7 and -0.72
+    assert last.widest == pytest.approx(0.1)  # of token 3
+    assert last.margin == pytest.approx(0.05) and not last.same_best
+
+
+def test_free_answers_that_part_at_once_are_compared_at_prefill():
+    found = compare(transcript(("p", (ONE, TWO))), transcript(("p", (TWO, ONE))))
+    assert found.missing == [] and [change.step for change in found.steps] == [0]
+    assert found.steps[0].change == pytest.approx(2.5)  # token 1: -0.5 and -3.0
+    found = compare(transcript(("p", (ONE, TWO))), transcript(("p", (step(3, t3=-0.1, t2=-1.5), ONE))))
+    assert found.steps[0].change == math.inf  # the reference's token is not in the candidate's list
+
+
+def test_a_free_answer_that_stops_short_is_missing():
+    found = compare(transcript(("p", (ONE, TWO, ONE))), transcript(("p", (ONE, TWO))))
+    assert [change.step for change in found.steps] == [0, 1]
+    assert found.missing == [Missing("p", "only 2 of 3 steps on the same tokens")]
 
 
 def test_nothing_compared_is_no_agreement():

@@ -58,6 +58,25 @@ def test_baseline_and_cells_are_asked_the_same():
     assert workload_of(smaller, 512, 32768).key not in keys
 
 
+@pytest.mark.parametrize("profile", ["standard", "smoke"])
+def test_one_rank_is_asked_what_four_are(profile):
+    serve = (("block-size", 32), ("max-model-len", 1200), ("seed", 3))
+    four = Cell(
+        mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=4, serve=serve,
+        workload=profile,
+    )  # fmt: skip
+    one = four.model_copy(update={"tp": 1, "workload": f"{profile}@4"})
+    asked, reference = workload_of(four, 512, 32768), workload_of(one, 512, 32768)
+    assert reference.prompts == asked.prompts
+    assert reference.key == asked.key and reference.profile == profile
+    lengths = {len(prompt.token_ids) for prompt in reference.prompts if prompt.kind == "boundary"}
+    assert lengths == {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129}  # KVP 2 and 4, block 32
+    alone = workload_of(one.model_copy(update={"workload": profile}), 512, 32768)
+    assert {len(prompt.token_ids) for prompt in alone.prompts if prompt.kind == "boundary"} == {1, 31, 32, 33}
+    assert alone.key != asked.key
+    assert workload_of(one.model_copy(update={"workload": f"{profile}@2"}), 512, 32768).key != asked.key
+
+
 def test_the_smoke_profile_asks_less():
     smoke, standard = (make_workload(4, 32, 512, 2048, profile) for profile in ("smoke", "standard"))
     tokens = [sum(prompt.max_tokens for prompt in workload.prompts) for workload in (smoke, standard)]
