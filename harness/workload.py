@@ -4,6 +4,7 @@ The list depends only on what baseline and cells share (TP, block size, vocabula
 it covers every KVP that divides TP and every interleave that the suites cross, whichever cell asks.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ INTERLEAVES = (1, 16)
 DEFAULT_BLOCK = 128  # vLLM's own on CPU
 LONG = 1000
 BOUNDARY_BATCH = 2  # the number of the batch in which boundary prompts go out together
+NEEDLE_BATCH = 3
+NEEDLE_LENGTH = 600
 FIRST_WORD = 4  # below are special tokens
 
 
@@ -65,13 +68,23 @@ def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
         max_model_len=min(max_model_len, int(serve.get("max-model-len", max_model_len))),
         profile=profile,
         seed=int(serve.get("seed", 0)),
+        retrieves=cell.model if "-retrieve" in cell.model else None,
     )
 
 
 def make_workload(
-    tp: int, block: int, vocab: int, max_model_len: int, profile: str = "standard", seed: int = 0
+    tp: int,
+    block: int,
+    vocab: int,
+    max_model_len: int,
+    profile: str = "standard",
+    seed: int = 0,
+    retrieves: str | None = None,
 ) -> Workload:
-    """Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything."""
+    """`retrieves` names a recipe that looks things up, which is asked for needles as well.
+
+    Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything.
+    """
     if profile not in BUDGETS:
         raise KeyError(f"no workload {profile!r}; there are: {', '.join(sorted(BUDGETS))}")
     budget = BUDGETS[profile]
@@ -101,7 +114,29 @@ def make_workload(
         if fits(length, budget.batched):
             why = "one of a full batch of mixed lengths: rows must not read each other's shards"
             add("batch", why, length, budget.batched, batch=1)
+    if retrieves:
+        for why, tokens, answer in needles(retrieves, tp, seed):
+            if fits(len(tokens), answer):
+                name = f"{len(prompts):02d}-needle-{len(tokens)}"
+                prompts.append(
+                    Prompt(name=name, kind="needle", why=why, token_ids=tokens, max_tokens=answer, batch=NEEDLE_BATCH)
+                )
     return Workload(profile=profile, vocab=vocab, prompts=tuple(prompts))
+
+
+def needles(recipe: str, tp: int, seed: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(why, prompt, tokens to generate) of chains whose every decode step must read one known shard."""
+    from harness.models.retrieval import make_chain, place_in_shard
+
+    for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
+        for interleave in INTERLEAVES:
+            places = [
+                place_in_shard(NEEDLE_LENGTH, kvp, interleave, rank, depth=(rank + 1) / (kvp + 1))
+                for rank in range(kvp)
+            ]
+            question = make_chain(recipe, NEEDLE_LENGTH, places, seed)
+            why = f"step i looks up a value that lies in the shard of rank i: KVP {kvp}, interleave {interleave}"
+            yield why, question.tokens, len(question.expected)
 
 
 def boundaries(tp: int, block: int) -> dict[int, str]:

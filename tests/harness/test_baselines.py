@@ -82,6 +82,15 @@ def test_what_is_expected_of_a_baseline_is_not_expected_of_its_reference():
     assert reference.declared is Verdict.PASS and reference.cell.expect is None
 
 
+def test_options_of_dcp_are_none_of_a_baseline():
+    """So the cells with and without one share the chain."""
+    plan = expand([suite(serve={"dcp-q-replicate": [None, True], "seed": 3})], [CPU])
+    assert [item.cell.serve for item in plan] == [
+        (("seed", 3),), (("seed", 3),), (("seed", 3),), (("dcp-q-replicate", True), ("seed", 3))
+    ]  # fmt: skip
+    assert plan[2].baseline == plan[3].baseline == plan[1].cell
+
+
 def test_a_refused_cell_brings_no_chain():
     (item,) = expand([suite(layout={"tp": 4, "dcp": 4})], [CPU])
     assert item.declared is Verdict.REJECTED and item.baseline is None

@@ -38,3 +38,4 @@ def test_a_broken_promise_is_beyond_it():
 def test_nothing_is_said_where_nothing_was_measured():
     assert capacity(cell("recipe:llama-k4", 8, 4), None, 87_360) is None
     assert capacity(cell("recipe:llama-k4", 8, 4), 87_360, None) is None
+    assert capacity(cell("some-org/some-model", 8, 4), 87_360, 87_360) is None  # planned, its layout is not known

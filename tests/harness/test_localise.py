@@ -1,11 +1,12 @@
 """A failed cell runs once more with capture on; what its workers wrote is told in a sentence, whatever happens."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
-from test_runner import BASE, HELIX, Table, failed, good, planned, transcript
+from test_runner import BASE, HELIX, Table, failed, good, planned, proofs, transcript
 
 from harness.cell import Cell, Mode
 from harness.executors.local import Attempt
@@ -206,6 +207,22 @@ def test_nothing_else_is_run_again(tmp_path, attempt, declared, verdict):
     result = play(tmp_path, executor, declared)
     assert (result.verdict, result.localisation) == (verdict, "")
     assert executor.captures == []
+
+
+def test_a_broken_promise_of_capacity_is_not_traced(tmp_path):
+    """The answers agree: there is no wrong merge to look for."""
+    cell = HELIX.model_copy(update={"mode": Mode.STANDARD_DCP, "model": "recipe:llama-k2", "tp": 4, "kvp": 2})
+    executor = Capturing(OFF)
+    made = tuple(
+        dataclasses.replace(
+            proofs(cell)[rank % 2], rank=rank, tp=4, tpa_rank=rank // 2, group_ranks=ranks, helix=False, combine="ag_rs"
+        )
+        for rank, ranks in enumerate([(0, 1), (0, 1), (2, 3), (2, 3)])
+    )
+    executor.answers[cell.key] = good(cell, proofs=made)
+    result = play(tmp_path, executor, cell=cell)  # TP/K = 2 is promised, and 4,096 tokens are measured for both
+    assert result.verdict is Verdict.FAIL and result.reason.startswith("answers agree, but the KV cache holds 4096")
+    assert (result.localisation, executor.captures) == ("", [])
 
 
 def test_a_failed_gpu_cell_is_not_run_again(tmp_path):

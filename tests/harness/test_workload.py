@@ -3,7 +3,7 @@
 import pytest
 
 from harness.cell import Cell, Mode
-from harness.workload import boundaries, make_workload, workload_of
+from harness.workload import NEEDLE_LENGTH, boundaries, make_workload, needles, workload_of
 
 
 def test_boundaries_of_tp4_by_hand():
@@ -35,7 +35,7 @@ def test_the_repeat_is_the_long_prompt_and_others_share_no_prefix():
 
 def test_one_batch_of_mixed_lengths_and_a_decode_that_crosses_blocks():
     workload = make_workload(tp=4, block=32, vocab=512, max_model_len=2048)
-    batch = [prompt for prompt in workload.prompts if prompt.batch]
+    batch = [prompt for prompt in workload.prompts if prompt.kind == "batch"]
     assert {prompt.batch for prompt in batch} == {1}
     assert len({len(prompt.token_ids) for prompt in batch}) == len(batch) >= 8
     assert next(p for p in workload.prompts if p.kind == "decode").max_tokens > 2 * 32
@@ -56,6 +56,15 @@ def test_baseline_and_cells_are_asked_the_same():
     assert len(keys) == 1
     smaller = base.model_copy(update={"serve": (("block-size", 64),)})
     assert workload_of(smaller, 512, 32768).key not in keys
+
+
+def test_short_boundary_prompts_go_alone_and_longer_ones_together():
+    workload = make_workload(tp=2, block=16, vocab=512, max_model_len=2048)
+    # KVP 2; units 1 and 16; alone are those up to 2 x TP = 4 tokens
+    sent = {len(prompt.token_ids): prompt.batch for prompt in workload.prompts if prompt.kind == "boundary"}
+    assert sent == {1: 0, 2: 0, 3: 0, 31: 2, 32: 2, 33: 2}
+    others = {prompt.kind: prompt.batch for prompt in workload.prompts if prompt.kind != "boundary"}
+    assert others == {"decode": 0, "long": 0, "repeat": 0, "batch": 1}
 
 
 @pytest.mark.parametrize("profile", ["standard", "smoke"])
@@ -88,3 +97,29 @@ def test_bad_questions_are_refused():
         make_workload(4, 32, 512, 2048, "huge")
     with pytest.raises(ValueError, match="max-model-len of at least"):
         make_workload(4, 32, 512, 64)
+
+
+def test_needles_aim_each_decode_step_at_a_named_shard():
+    from harness.models.retrieval import make_chain, place_in_shard
+    from helix_runtime.sharding import owner
+
+    found = list(needles("recipe:llama-retrieve-k4", tp=4, seed=0))
+    assert [(len(tokens), steps) for _, tokens, steps in found] == [(NEEDLE_LENGTH, 2)] * 2 + [(NEEDLE_LENGTH, 4)] * 2
+    assert found[3][0].endswith("KVP 4, interleave 16")
+    places = [place_in_shard(NEEDLE_LENGTH, 4, 16, rank, (rank + 1) / 5) for rank in range(4)]
+    question = make_chain("recipe:llama-retrieve-k4", NEEDLE_LENGTH, places, 0)
+    assert question.tokens == found[3][1]
+    assert [owner(place, 4, 16) for place in question.places] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tp"), [("llama-retrieve-k4", 8), ("deepseek-v2-retrieve", 4), ("llama-retrieve-k6", 6)]
+)
+def test_needles_find_room_for_every_rank(recipe, tp):
+    assert max(steps for _, _, steps in needles(f"recipe:{recipe}", tp=tp, seed=0)) == tp
+
+
+def test_only_models_that_retrieve_are_asked_for_needles():
+    random = make_workload(tp=4, block=32, vocab=512, max_model_len=2048)
+    asked = make_workload(tp=4, block=32, vocab=512, max_model_len=2048, retrieves="recipe:llama-retrieve-k4")
+    assert [prompt.kind for prompt in asked.prompts if prompt not in random.prompts] == ["needle"] * 4
