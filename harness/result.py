@@ -6,7 +6,7 @@ from harness.verdict import Effect, Verdict, effect_of
 
 
 class Statistic(Frozen):
-    """One number of the oracle with its bound: `value` beyond `bound` means a difference (see `sense`)."""
+    """One number of the oracle with its bound: `value` beyond `bound` means a difference; None bounds nothing."""
 
     name: str
     value: float

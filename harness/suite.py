@@ -31,6 +31,7 @@ RESERVED = {
     "helix-mode": "mode",
     "additional-config": "helix",
     "model": "model",
+    "logits-processors": "",
     "host": None,
     "port": None,
     "served-model-name": None,
@@ -190,12 +191,24 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Suite.model_json_schema(by_alias=True)}
 
 
+def _is_recipe(name: str) -> bool:
+    """Whether a recipe is registered, or belongs to a family of them (`llama-retrieve-k3-q12`)."""
+    from harness.models.recipe import find
+
+    try:
+        find(name)
+    except (KeyError, ValueError):
+        return False
+    return True
+
+
 def _check_names(suite: Suite, document: Document) -> None:
     """Backends and recipes must exist: a slip of the pen would otherwise be found when the server starts."""
     from harness.models import RECIPES
     from helix_runtime.capabilities import backends
 
     known = {"backend": ("auto", *backends()), "model": tuple(f"recipe:{name}" for name in RECIPES)}
+    exists = {"backend": known["backend"].__contains__, "model": _is_recipe}
     problems = []
     for number, group in enumerate(suite.groups):
         recipes = [(index, name) for index, name in enumerate(group.model) if name.startswith("recipe:")]
@@ -203,7 +216,7 @@ def _check_names(suite: Suite, document: Document) -> None:
             problems += [
                 document.problem(("groups", number, field, index), f"is '{name}'; allowed: {', '.join(known[field])}")
                 for index, name in named
-                if name not in known[field]
+                if not exists[field](name)
             ]
     if problems:
         raise SuiteError(problems)

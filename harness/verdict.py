@@ -36,7 +36,11 @@ class Meaning(NamedTuple):
 
 TABLE: dict[Verdict, Meaning] = {
     Verdict.PASS: Meaning(Effect.OK, "✓", "answers agree with standard TP, and the claimed path was seen to run"),
-    Verdict.FAIL: Meaning(Effect.DIFFERS, "✗", "answers differ from standard TP, or a declared refusal did not come"),
+    Verdict.FAIL: Meaning(
+        Effect.DIFFERS,
+        "✗",
+        "answers differ from standard TP, KV capacity from what the layout promises, or a declared refusal did not come",
+    ),
     Verdict.XFAIL: Meaning(Effect.OK, "⊘", "known limitation, seen again"),
     Verdict.XPASS: Meaning(Effect.DIFFERS, "!", "known limitation is gone: update the declared table"),
     Verdict.REJECTED: Meaning(Effect.OK, "⊟", "refused at start-up with the documented rule"),

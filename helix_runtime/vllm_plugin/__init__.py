@@ -9,6 +9,8 @@ patches its own process (`worker.py`), builds the model in a TPA scope (`tpa_sco
 (`self_test.py`) before it serves.
 """
 
+import logging
+
 _registered = False
 
 
@@ -21,6 +23,9 @@ def register() -> None:
 
     from helix_runtime.vllm_plugin import flag, gate, worker
 
-    flag.install()
-    gate.install()
-    worker.install()
+    try:
+        for door in (flag, gate, worker):
+            door.install()
+    except (ImportError, AttributeError) as problem:
+        # A vLLM whose doors have moved still serves, as if the plugin were not there: `--helix-mode` is then unknown.
+        logging.getLogger("vllm.helix").error("Helix is not available on this vLLM, whose hooks moved: %s", problem)

@@ -1,7 +1,7 @@
-"""The coupling surface: every vLLM object that the plugin hooks or calls, with the parameters it must have.
+"""The coupling surface: the vLLM objects that the plugin hooks, with the parameters they must have.
 
 Why: a plugin over unstable internals must fail loudly, in the API process, before any worker starts, and never patch
-something that changed its meaning. `probe` runs before the first patch.
+something that changed its meaning. `probe` runs before any patch but those of the pass-through doors (`__init__.py`).
 Remove when: a hook's own `Remove when` has come true; its rows here go with it.
 """
 

@@ -3,7 +3,8 @@
 Why: stock `_forward_with_dcp` gathers the DCP group's queries, because each rank projects Q/TP heads. Under Helix a
 rank has projected all Q/TPA heads of its group already: nothing is gathered, and new tokens are attended on owned heads
 only, with the KV heads that these read (a group may own part of one KV head, or several).
-Hook: `FlashAttentionImpl._forward_with_dcp`; `FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the
+Hook: `FlashAttentionImpl._forward_with_dcp`; its `do_kv_cache_update`, where tokens are counted for the proof of path;
+`FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the
 layer's query heads by DCP, which Helix's layers hold already.
 Upstream: vllm `v1/attention/backends/flash_attn.py`.
 Remove when: that backend takes Q/TPA heads.

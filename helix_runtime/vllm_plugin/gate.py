@@ -64,7 +64,7 @@ def admit(config, options: HelixOptions) -> Layout:
     if options.share_gpu:
         share_gpu.admit(config)
     if not current_platform.is_cpu() and parallel.decode_context_parallel_size > 1:
-        _admit_on_cuda(config)
+        _admit_on_cuda(config, options)
     if options.helix_mode and parallel.dcp_comm_backend is None:
         parallel.set_dcp_defaults(comm_backend="a2a")
     if helix_gqa:
@@ -73,11 +73,11 @@ def admit(config, options: HelixOptions) -> Layout:
     return layout
 
 
-#: Backends that were run with context parallelism on CUDA, by kind of model.
+#: Backends that may be tried with context parallelism on CUDA, by kind of model; all others are refused.
 ON_CUDA = {"GQA": ("FLASH_ATTN",), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
 
 
-def _admit_on_cuda(config) -> None:
+def _admit_on_cuda(config, options: HelixOptions) -> None:
     """What is proved on CUDA so far, without CUDA graphs. Raises HelixRefusal for the rest."""
     backend = config.attention_config.backend
     kind = "MLA" if config.model_config.use_mla else "GQA"
@@ -85,6 +85,8 @@ def _admit_on_cuda(config) -> None:
         asked = "the backend that vLLM would choose" if backend is None else backend.name
         allowed = ", ".join(f"--attention-backend {name}" for name in ON_CUDA[kind])
         raise HelixRefusal(f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}")
+    if options.fault or options.capture:
+        raise HelixRefusal("fault and capture exist for the CPU backends only; drop them from the helix options")
     if not config.model_config.enforce_eager:
         raise HelixRefusal("no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager")
 
