@@ -39,7 +39,7 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.FAIL: Meaning(
         Effect.DIFFERS,
         "✗",
-        "answers differ from standard TP, KV capacity from what the layout promises, or a declared refusal did not come",
+        "answers differ from standard TP, KV capacity from what the layout promises, or no declared refusal came",
     ),
     Verdict.XFAIL: Meaning(Effect.OK, "⊘", "known limitation, seen again"),
     Verdict.XPASS: Meaning(Effect.DIFFERS, "!", "known limitation is gone: update the declared table"),

@@ -186,7 +186,7 @@ def _llama_k4() -> Recipe:
 
 @recipe
 def _llama_k6() -> Recipe:
-    # For six ranks: vocabulary and widths divide by 6 as well.
+    # Three KV heads a rank under TPA 2; vocabulary and widths divide by 6 ranks as well.
     return Recipe(name="llama-k6", heads=24, kv_heads=6, hidden=384, intermediate=768, vocab=576)
 
 
