@@ -249,3 +249,10 @@ def test_ctrl_c_during_the_capture_keeps_the_row_of_the_cell(tmp_path):
     events, _ = read(tmp_path / "ledger.ndjson")
     assert [(row.cell, row.verdict) for row in results(events)] == [(BASE, Verdict.PASS), (HELIX, Verdict.FAIL)]
     assert results(events)[1].localisation == f"{NOTHING}; that run failed: the run was interrupted"
+
+
+def test_localising_can_be_left_out(tmp_path):
+    executor = Capturing(OFF)
+    plan = [planned(BASE), planned(HELIX)]
+    _, result = run(plan, run_dir=tmp_path, progress=lambda line: None, executor=executor, localise=False)
+    assert (result.verdict, result.localisation, executor.captures) == (Verdict.FAIL, "", [])
