@@ -49,7 +49,7 @@ class Recipe(Frozen):
 
     @property
     def key(self) -> str:
-        return content_hash({"generator": GENERATOR, **self.model_dump(mode="json")})
+        return content_hash({"generator": GENERATOR, "config": self.config(), **self.model_dump(mode="json")})
 
     def config(self) -> dict:
         """The model's `config.json` as Hugging Face and vLLM read it."""
