@@ -67,6 +67,10 @@ TP4_DCP2 = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
         ({"enable_lora": True}, "LoRA (--enable-lora)"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"data_parallel_size": 2}, "data parallelism"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism (PCP)"),
+        ({"enable_dbo": True}, "dual batch overlap (DBO)"),
+        ({"quantization": "fp8"}, "quantised weights (--quantization)"),
+        ({"model": {"attention_sinks": True}}, "attention sinks"),
         ({"kv_cache_dtype": "fp8"}, "a quantised KV cache (--kv-cache-dtype)"),
         (
             {"model": {"sliding_window": 128, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}},
