@@ -27,6 +27,7 @@ class Rules(NamedTuple):
     interleave: int
     block_size: int | None
     allow_gqa_tpa1: bool
+    eager: bool
     vllm_version: str
 
 
@@ -47,6 +48,7 @@ def declare(cell: Cell, refusal: str | None = None) -> Declaration:
             interleave=cell.interleave,
             block_size=int(block_size) if block_size is not None else None,
             allow_gqa_tpa1=dict(cell.helix).get("allow_gqa_tpa1") is True,
+            eager=options.get("enforce-eager") is True,
             vllm_version=cell.vllm_version,
         )
     )
@@ -110,6 +112,10 @@ def _from_table(rules: Rules, mla: bool | None) -> Declaration:
         if backend is None:
             return Declaration(Verdict.REJECTED, f"no backend serves {rules.mode} on {rules.hardware}")
         prefix = f"auto is {backend}: "
+    if rules.mode.startswith("helix") and rules.hardware != "cpu":
+        asked = None if rules.backend == "auto" else rules.backend
+        if refused := capabilities.plugin_refusal_on_cuda(asked, bool(mla), rules.eager):
+            return Declaration(Verdict.REJECTED, f"the plugin so far: {refused}", refused)
     row = capabilities.declare(backend, rules.hardware, rules.mode, rules.vllm_version)
     verdict = {
         Support.SUPPORTED: Verdict.PASS,

@@ -1,6 +1,7 @@
 """Running the plan: folder, runtime, runner, summary, report. The runner itself is `harness.runner`."""
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 REPORTS = ROOT / "reports"
 RUNS = REPORTS / "runs"
 INTERRUPTED = 130
+INFRASTRUCTURE = 3
 
 
 class Runner(Protocol):
@@ -57,19 +59,34 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     interrupted = False
     try:
         results = runner(plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=say)
+    except OSError as error:
+        return _disk(error, run_dir)
     except KeyboardInterrupt:
         # The runner has ended its servers by now; what was finished is in the ledger, and is reported.
         interrupted, results = True, []
-    if interrupted and not (run_dir / "ledger.ndjson").exists():
+    if interrupted and not (run_dir / "ledger.ndjson").stat().st_size:
         print("interrupted before any cell was finished; no report")
         return INTERRUPTED
-    page = (reporter or _reporter())(run_dir)
+    try:
+        page = (reporter or _reporter())(run_dir)
+    except OSError as error:
+        return _disk(error, run_dir)
     if interrupted:
         print(f"\ninterrupted; what was finished before is in the report\nreport: {shown(page)}")
         return INTERRUPTED
     print_summary(results)
     print(f"report: {shown(page)}")
     return exit_status([(result.declared, result.verdict) for result in results])
+
+
+def _disk(error: OSError, run_dir: Path) -> int:
+    """A disk that is full or went away says nothing about Helix: exit status 3, and what is kept."""
+    print(
+        f"cannot write: {error.strerror or error} ({error.filename or run_dir}); the cells that finished are in "
+        f"{shown(run_dir / 'ledger.ndjson')}. Make room and run again",
+        file=sys.stderr,
+    )
+    return INFRASTRUCTURE
 
 
 def choose_runtime(asked: str) -> tuple[str, str]:
@@ -91,13 +108,24 @@ def make_run_dir(asked: str | None, plan: Sequence[PlannedCell]) -> Path:
         folder = Path(asked).resolve()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--run-dir {asked} is there and not empty; name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         return folder
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = content_hash([[item.cell.key for item in plan], time.time_ns(), os.getpid()])[:6]
     folder = RUNS / f"{stamp}-{unique}"
-    folder.mkdir(parents=True)
+    _make(folder)
     return folder
+
+
+def _make(folder: Path) -> None:
+    """Raises UsageError where the folder cannot be made or written."""
+    from harness.cli import UsageError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ledger.ndjson").touch()
+    except OSError as error:
+        raise UsageError(f"cannot write into {folder}: {error.strerror}; name another folder with --run-dir") from None
 
 
 def print_summary(results: Sequence[CellResult]) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "HELIX_MLA",
     "MODES",
     "ORIGINAL",
+    "PLUGIN_ON_CUDA",
     "ROWS",
     "STANDARD_DCP",
     "STANDARD_TP",
@@ -44,6 +45,7 @@ __all__ = [
     "families_of",
     "hardware_family",
     "is_mla",
+    "plugin_refusal_on_cuda",
 ]
 
 #: What a version picks when no --attention-backend is given: (version, MLA, hardware) -> names, tried in this order.
@@ -63,6 +65,22 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
     ("0.32.0", True, "cpu"): ("CPU_MLA", "HELIX_CPU_MLA"),
     (ORIGINAL, True, "blackwell"): ("CUTLASS_MLA",),  # published: Blackwell with DCP selects it
 }
+
+
+#: Backends that the plugin lets run with context parallelism on CUDA, by kind of model; it refuses all others.
+PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN",), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
+
+
+def plugin_refusal_on_cuda(backend: str | None, use_mla: bool, eager: bool) -> str | None:
+    """Why the plugin refuses Helix on CUDA with this backend (None: vLLM's choice) so far, or None."""
+    kind = "MLA" if use_mla else "GQA"
+    if backend not in PLUGIN_ON_CUDA[kind]:
+        asked = "the backend that vLLM would choose" if backend is None else backend
+        allowed = ", ".join(f"--attention-backend {name}" for name in PLUGIN_ON_CUDA[kind])
+        return f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}"
+    if not eager:
+        return "no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager"
+    return None
 
 
 @cache

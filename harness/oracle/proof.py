@@ -23,6 +23,9 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof]) -> str | None:
             ("group size", proof.group_size, cell.kvp),
             ("size of the group's rank list", len(set(proof.group_ranks)), cell.kvp),
             ("self-test", proof.self_test, "ok"),
+            ("backend", proof.backend, cell.backend if cell.backend != "auto" else proof.backend),
+            ("vLLM version", proof.vllm_version.split("+")[0], cell.vllm_version),
+            ("combine's function", bool(proof.combine_impl), True),
         )
         for what, ran, claimed in claims:
             if ran != claimed:

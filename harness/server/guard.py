@@ -24,7 +24,8 @@ import psutil
 
 SHM = "/dev/shm/"
 #: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
-ORPHAN = re.compile(r"^(vllm_dist_.*cpushm|psm_|sem\.mp-|nccl-|torch_)")
+#: Not `sem.mp-`: glibc maps a semaphore under another name, so one in use elsewhere cannot be told from an orphan.
+ORPHAN = re.compile(r"^(vllm_dist_.*cpushm|psm_|nccl-|torch_)")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

@@ -32,8 +32,8 @@ SURFACE: tuple[Surface, ...] = (
     Surface("vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",), "flag"),
     Surface("vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",), "flag"),
     Surface(
-        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
-        ("self", "target_model_config", "target_parallel_config"),
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        ("self", "usage_context", "headless"),
         "gate",
     ),
     Surface("vllm.config.vllm:VllmConfig.try_verify_and_update_config", ("self",), "gate"),
@@ -189,7 +189,8 @@ def probe(version: str, platform: str, extra: tuple[Surface, ...] = ()) -> None:
 def patch(target: str, make: Callable[[Callable], Callable]) -> None:
     """Replace `target` by `make(original)`; an object that is patched already is left alone.
 
-    A classmethod's `original` takes the class as its first argument, like the replacement.
+    A classmethod's `original` takes the class as its first argument, like the replacement. Raises AttributeError where
+    the object is gone or, listed in SURFACE, takes other parameters.
     """
     holder, attribute, _ = resolve(target)
     descriptor = inspect.getattr_static(holder, attribute)
@@ -197,6 +198,9 @@ def patch(target: str, make: Callable[[Callable], Callable]) -> None:
     original = descriptor.__func__ if kind else descriptor
     if _is_patched(original):
         return
+    wanted = next((row.parameters for row in SURFACE if row.target == target), None)
+    if wanted is not None and _parameters(original) != wanted:
+        raise AttributeError(f"{target} takes {_parameters(original)}, expected {wanted}")
     replacement = functools.wraps(original)(make(original))
     replacement.__helix_original__ = original
     setattr(holder, attribute, kind(replacement) if kind else replacement)

@@ -8,6 +8,7 @@ Remove when: vLLM has Helix mode or lets plugins add arguments.
 """
 
 from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.options import helix_options
 
 _HELP = (
     "Helix parallelism: attention heads sharded TPA = TP / DCP ways, KV cache sharded DCP ways, partial results "
@@ -35,6 +36,7 @@ def _from_cli_args(original):
         # Callers that build a Namespace by hand, without our argument, mean "not asked for".
         if vars(args).get("helix_mode"):
             given = dict(engine_args.additional_config or {})
+            helix_options(given)  # refuses what is no mapping of options
             engine_args.additional_config = {**given, "helix": {**given.get("helix", {}), "helix_mode": True}}
         return engine_args
 

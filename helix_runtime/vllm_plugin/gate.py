@@ -2,7 +2,7 @@
 
 Why: a wrong layout computes a plausible wrong answer; a late failure leaks GPU memory (vllm#37230).
 Hook: `VllmConfig.try_verify_and_update_config`, the first place where the model and the parallel configuration meet;
-`EngineArgs.create_speculative_config`, which would complain about DCP before we can refuse speculation by its name;
+`EngineArgs.create_engine_config`, before vLLM complains in its own words about DCP sizes and speculation;
 `ModelConfig.verify_with_parallel_config`, whose DCP rules (TP > K, DCP <= TP // K, (Q/K) % DCP) forbid TPA < K.
 Upstream: vllm `config/model.py`; no merged change allows TPA < K for GQA.
 Remove when: vLLM verifies Helix layouts itself.
@@ -10,10 +10,12 @@ Remove when: vLLM verifies Helix layouts itself.
 
 import copy
 
+from helix_runtime.capabilities import plugin_refusal_on_cuda
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
 from helix_runtime.vllm_plugin import share_gpu
 from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
+from helix_runtime.vllm_plugin.faults import make_fault
 from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_unproved
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
@@ -21,7 +23,7 @@ from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
 def install() -> None:
     patch("vllm.config.vllm:VllmConfig.try_verify_and_update_config", _try_verify_and_update_config)
-    patch("vllm.engine.arg_utils:EngineArgs.create_speculative_config", _create_speculative_config)
+    patch("vllm.engine.arg_utils:EngineArgs.create_engine_config", _create_engine_config)
 
 
 def _try_verify_and_update_config(original):
@@ -34,14 +36,28 @@ def _try_verify_and_update_config(original):
     return try_verify_and_update_config
 
 
-def _create_speculative_config(original):
-    # The one feature whose own configuration is verified, with DCP, before a VllmConfig exists.
-    def create_speculative_config(self, *args, **kwargs):
-        if self.speculative_config is not None and helix_options(self.additional_config) is not None:
-            raise refusal_of(SPECULATION)
+def _create_engine_config(original):
+    def create_engine_config(self, *args, **kwargs):
+        options = helix_options(self.additional_config)
+        if options is not None:
+            _refuse_early(self, options)
         return original(self, *args, **kwargs)
 
-    return create_speculative_config
+    return create_engine_config
+
+
+def _refuse_early(arguments, options: HelixOptions) -> None:
+    """What vLLM would refuse by its own words before a VllmConfig exists."""
+    make_fault(options.fault)
+    if arguments.speculative_config is not None:
+        raise refusal_of(SPECULATION)
+    tp, dcp = arguments.tensor_parallel_size, arguments.decode_context_parallel_size
+    if tp % dcp and arguments.prefill_context_parallel_size == 1:
+        sizes = ", ".join(str(size) for size in range(1, tp + 1) if tp % size == 0)
+        raise HelixRefusal(
+            f"TP={tp} is not a multiple of DCP={dcp}: the KVP ranks of a sequence are consecutive TP ranks; "
+            f"--decode-context-parallel-size may be {sizes} [rule tp-divisible-by-dcp, vllm: config/parallel.py]"
+        )
 
 
 def admit(config, options: HelixOptions) -> Layout:
@@ -63,8 +79,8 @@ def admit(config, options: HelixOptions) -> Layout:
     layout = layout_of(config, options)
     if options.share_gpu:
         share_gpu.admit(config)
-    if not current_platform.is_cpu() and parallel.decode_context_parallel_size > 1:
-        _admit_on_cuda(config, options)
+    if parallel.decode_context_parallel_size > 1:
+        (_admit_on_cpu if current_platform.is_cpu() else _admit_on_cuda)(config, options)
     if options.helix_mode and parallel.dcp_comm_backend is None:
         parallel.set_dcp_defaults(comm_backend="a2a")
     if helix_gqa:
@@ -73,27 +89,30 @@ def admit(config, options: HelixOptions) -> Layout:
     return layout
 
 
-#: Backends that may be tried with context parallelism on CUDA, by kind of model; all others are refused.
-ON_CUDA = {"GQA": ("FLASH_ATTN",), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
+def _admit_on_cpu(config, options: HelixOptions) -> None:
+    """Our backends stand in for vLLM's own CPU ones; asking for another is refused, not ignored."""
+    backend = config.attention_config.backend
+    if backend is not None and backend.name not in ("CPU_ATTN", "CPU_MLA"):
+        raise HelixRefusal(
+            f"--attention-backend {backend.name} does not exist on CPU; leave it out (HELIX_CPU or HELIX_CPU_MLA run)"
+        )
 
 
 def _admit_on_cuda(config, options: HelixOptions) -> None:
     """What is proved on CUDA so far, without CUDA graphs. Raises HelixRefusal for the rest."""
     backend = config.attention_config.backend
-    kind = "MLA" if config.model_config.use_mla else "GQA"
-    if backend is None or backend.name not in ON_CUDA[kind]:
-        asked = "the backend that vLLM would choose" if backend is None else backend.name
-        allowed = ", ".join(f"--attention-backend {name}" for name in ON_CUDA[kind])
-        raise HelixRefusal(f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}")
+    refusal = plugin_refusal_on_cuda(
+        backend and backend.name, config.model_config.use_mla, config.model_config.enforce_eager
+    )
+    if refusal:
+        raise HelixRefusal(refusal)
     if options.fault or options.capture:
         raise HelixRefusal("fault and capture exist for the CPU backends only; drop them from the helix options")
-    if not config.model_config.enforce_eager:
-        raise HelixRefusal("no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager")
 
 
 def layout_of(config, options: HelixOptions) -> Layout:
     """The layout of a VllmConfig by our own rules. Raises HelixRefusal with the rule that it breaks."""
-    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    model, parallel = config.model_config, config.parallel_config
     try:
         return resolve_layout(
             parallel.tensor_parallel_size,
@@ -103,11 +122,22 @@ def layout_of(config, options: HelixOptions) -> Layout:
             model.use_mla,
             options.helix_mode,
             interleave_size=parallel.cp_kv_cache_interleave_size,
-            block_size=cache.block_size if cache.user_specified_block_size else None,
+            block_size=_block_size(config),
             allow_gqa_tpa1=options.allow_gqa_tpa1,
         )
     except LayoutError as error:
         raise HelixRefusal(str(error)) from None
+
+
+def _block_size(config) -> int | None:
+    """Tokens a block: the user's, or what vLLM's CPU platform will choose; None where only the backend decides."""
+    from vllm.platforms import current_platform
+
+    if config.cache_config.user_specified_block_size:
+        return config.cache_config.block_size
+    if current_platform.is_cpu():
+        return 16 if config.model_config.use_mla else 128
+    return None
 
 
 def _verify_with_parallel_config(original):

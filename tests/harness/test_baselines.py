@@ -69,6 +69,7 @@ def test_an_asked_tp1_cell_is_another_than_the_reference():
 
 def test_hub_models_and_tp1_are_compared_with_nothing():
     group = {"hardware": "hopper", "backend": "FLASH_ATTN", "model": "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"}
+    group["serve"] = {"enforce-eager": True}
     base, item = expand([suite(**group)], [hopper(8)])
     assert (base.cell.tp, base.baseline, item.baseline) == (4, None, base.cell)
     for fields in ({"tp": 4, "model": "org/model"}, {"tp": 1, "model": "recipe:llama-k4"}):

@@ -140,11 +140,17 @@ def test_the_switch_makes_tpa1_legal():
     assert item.baseline == base.cell
 
 
-def test_a_known_limitation_of_the_table_is_declared_xfail_and_still_compared():
-    one = suite(hardware="hopper", backend="FLASHINFER", model="nvidia/Llama-3.1-Nemotron-Nano-8B-v1")
-    _, item = expand([one], [hopper(8)])
-    assert item.declared is Verdict.XFAIL
-    assert item.baseline is not None
+def test_what_the_plugin_refuses_on_cuda_is_declared_so():
+    model = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
+    for backend, serve, why in (
+        ("FLASHINFER", {"enforce-eager": True}, "with FLASHINFER on CUDA; allowed: --attention-backend FLASH_ATTN"),
+        ("auto", {"enforce-eager": True}, "with the backend that vLLM would choose"),
+        ("FLASH_ATTN", {}, "add --enforce-eager"),
+    ):
+        (item,) = expand([suite(hardware="hopper", backend=backend, model=model, serve=serve)], [hopper(8)])
+        assert item.declared is Verdict.REJECTED and why in item.declared_why and why in item.refusal
+    _, item = expand([suite(hardware="hopper", backend="FLASH_ATTN", model=model, serve={"enforce-eager": True})], [])
+    assert item.declared is Verdict.PASS
 
 
 def test_a_backend_without_lse_is_declared_rejected():
@@ -167,7 +173,8 @@ def test_a_model_without_a_shape_is_planned_and_says_so():
 
 
 def test_absent_hardware_and_too_few_gpus_are_skips_with_the_reason():
-    one = suite(hardware=["hopper", "blackwell"], backend="FLASH_ATTN", model="nvidia/Llama-3.1-Nemotron-Nano-8B-v1")
+    one = suite(hardware=["hopper", "blackwell"], backend="FLASH_ATTN", model="nvidia/Llama-3.1-Nemotron-Nano-8B-v1",
+                serve={"enforce-eager": True})  # fmt: skip
     reasons = {item.cell.hardware: item.skip for item in expand([one], [hopper(2)])}
     assert reasons["hopper"] == "needs 4 hopper GPUs; this host has 2"
     assert reasons["blackwell"].startswith("no blackwell here")
@@ -213,7 +220,8 @@ def test_the_published_usage_is_a_cell_verbatim_and_its_layout_is_legal(committe
     items = [item for item in committed if item.cell.shown() == line]
     assert items
     for item in items:
-        assert item.declared is Verdict.PASS
+        # Legal by the layout's rules; what the plugin still refuses on CUDA is graphs, and backends it was not told.
+        assert item.declared is Verdict.REJECTED and item.declared_why.startswith("the plugin so far:")
         assert item.cell.tpa == tpa
         assert "layout not checked" not in item.declared_why
 

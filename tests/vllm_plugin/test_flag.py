@@ -25,3 +25,10 @@ def test_the_flag_merges_with_the_users_own():
 
 def test_without_the_flag_nothing_is_added():
     assert parse() == {}
+
+
+def test_options_that_are_no_mapping_are_refused_in_words():
+    from helix_runtime.vllm_plugin.refusal import HelixRefusal
+
+    with pytest.raises(HelixRefusal, match="must be a mapping of options"):
+        parse("--helix-mode", "--additional-config", '{"helix": 1}')

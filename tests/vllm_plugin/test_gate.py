@@ -125,3 +125,40 @@ def test_a_vanished_hook_is_refused(engine_config, monkeypatch):
     monkeypatch.delattr(BlockTable, "compute_slot_mapping")
     with pytest.raises(HelixRefusal, match="it is gone"):
         engine_config(helix=HELIX, **TP4_DCP2)
+
+
+@pytest.mark.parametrize("dcp", [3, 8])
+def test_a_dcp_that_does_not_divide_tp_quotes_our_rule(engine_config, dcp):
+    with pytest.raises(
+        HelixRefusal, match=rf"TP=4 is not a multiple of DCP={dcp}.*may be 1, 2, 4 .*tp-divisible-by-dcp"
+    ):
+        engine_config(tensor_parallel_size=4, decode_context_parallel_size=dcp, helix=HELIX)
+
+
+def test_interleave_is_checked_against_the_default_block_size_too(engine_config):
+    with pytest.raises(HelixRefusal, match="24"):
+        engine_config(helix=HELIX, block_size=None, cp_kv_cache_interleave_size=24, **TP4_DCP2)
+
+
+def test_a_backend_that_cpu_does_not_have_is_refused(engine_config):
+    with pytest.raises(HelixRefusal, match="TRITON_ATTN does not exist on CPU"):
+        engine_config(helix=HELIX, attention_backend="TRITON_ATTN", **TP4_DCP2)
+
+
+def test_an_unknown_fault_is_refused_at_configuration(engine_config):
+    with pytest.raises(HelixRefusal, match="no fault is called 'nope'"):
+        engine_config(helix={**HELIX, "fault": "nope"}, **TP4_DCP2)
+
+
+def test_a_door_that_moved_leaves_vllm_as_it_is(caplog):
+    """A fresh process in which a hooked object is gone: the plugin says so, and stock vLLM goes on."""
+    import subprocess
+    import sys
+
+    script = (
+        "from vllm.engine.arg_utils import EngineArgs; del EngineArgs.create_engine_config\n"
+        "from helix_runtime.vllm_plugin import register; register(); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "alive"
+    assert "Helix is not available on this vLLM" in done.stdout + done.stderr

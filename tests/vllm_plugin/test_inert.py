@@ -41,7 +41,7 @@ def test_plugin_that_is_not_asked_for_changes_nothing_but_its_doors(model_folder
     assert sorted(ours["patched"]) == [
         "vllm.config.vllm:VllmConfig.try_verify_and_update_config",
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
-        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "vllm.engine.arg_utils:EngineArgs.from_cli_args",
         "vllm.v1.worker.worker_base:WorkerBase.__init__",
     ]
