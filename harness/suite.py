@@ -5,6 +5,7 @@ Errors name file, line and field, and list the allowed values; `harness.yaml_fil
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -206,8 +207,10 @@ def _check_names(suite: Suite, document: Document) -> None:
     """Backends and recipes must exist: a slip of the pen would otherwise be found when the server starts."""
     from harness.models import RECIPES
     from helix_runtime.capabilities import backends
+    from helix_runtime.vllm_plugin.options import HelixOptions
 
     known = {"backend": ("auto", *backends()), "model": tuple(f"recipe:{name}" for name in RECIPES)}
+    helix_options = [field.name for field in fields(HelixOptions) if field.name not in ("helix_mode", "proof_dir")]
     exists = {"backend": known["backend"].__contains__, "model": _is_recipe}
     problems = []
     for number, group in enumerate(suite.groups):
@@ -218,6 +221,11 @@ def _check_names(suite: Suite, document: Document) -> None:
                 for index, name in named
                 if not exists[field](name)
             ]
+        problems += [
+            document.problem(("groups", number, "helix", name), f"is no option; allowed: {', '.join(helix_options)}")
+            for name in group.helix
+            if name not in helix_options
+        ]
     if problems:
         raise SuiteError(problems)
 

@@ -35,7 +35,9 @@ class Meaning(NamedTuple):
 
 
 TABLE: dict[Verdict, Meaning] = {
-    Verdict.PASS: Meaning(Effect.OK, "✓", "answers agree with standard TP, and the claimed path was seen to run"),
+    Verdict.PASS: Meaning(
+        Effect.OK, "✓", "agrees with its baseline and its path was seen to run; a baseline answered all"
+    ),
     Verdict.FAIL: Meaning(
         Effect.DIFFERS,
         "✗",

@@ -215,6 +215,27 @@ def test_run_dir_must_be_new(call, fake, tmp_path):
     assert "name a new folder" in err
 
 
+def test_a_folder_that_cannot_be_written_is_2(call, fake):
+    fake()
+    status, _, err = call("--suite", "smoke", "--run-dir", "/proc/nowhere")
+    assert status == 2
+    assert "cannot write into /proc/nowhere" in err and "--run-dir" in err
+
+
+def test_a_full_disk_is_3_and_says_what_is_kept(call, monkeypatch, tmp_path):
+    import errno
+
+    import harness.run
+
+    def full(plan, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "ledger.ndjson"))
+
+    monkeypatch.setattr(harness.run, "_runner", lambda: full)
+    status, _, err = call("--suite", "smoke", "--run-dir", str(tmp_path / "run"))
+    assert status == 3
+    assert "No space left on device" in err and "Make room and run again" in err
+
+
 def test_interrupt_is_130_and_reports_what_was_finished(call, fake, tmp_path):
     fake(interrupt=True)
     status, out, _ = call("--suite", "smoke", "--run-dir", str(tmp_path / "x"))

@@ -38,8 +38,9 @@ def transcript(cell: Cell, shift: float = 0.0, steps: int = 2) -> Transcript:
 def proofs(cell: Cell) -> tuple[RankProof, ...]:
     return tuple(
         RankProof(
-            rank=rank, tp=2, kvp=2, tpa=1, kvp_rank=rank, tpa_rank=0, helix=True, backend=cell.backend, impl="i", combine="a2a",
-            combine_impl="f", group_size=2, group_ranks=(0, 1), interleave=cell.interleave, lse_base="e",
+            rank=rank, tp=2, kvp=2, tpa=1, kvp_rank=rank, tpa_rank=0, helix=True, backend=cell.backend,
+            impl="i", combine="a2a", combine_impl="f", group_size=2, group_ranks=(0, 1), interleave=cell.interleave,
+            lse_base="e",
             model_runner="r", vllm_version=cell.vllm_version, self_test="ok",
             counters={"decode_attention": 1, "decode_combine": 1, "local_tokens": 5, "global_tokens": 10},
         )

@@ -1,5 +1,6 @@
 """A server's life, on a stub process: ready, refused, dying, never ready; and that nothing outlives it."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -98,6 +99,9 @@ def test_another_process_keeps_its_shared_memory(port, tmp_path):
     try:
         with server("well", port, tmp_path):
             younger = shared_memory.SharedMemory(create=True, size=4096)
+            lock = multiprocessing.get_context("spawn").Lock()  # nobody maps it under its name
+            semaphore = Path("/dev/shm") / f"sem.{lock._semlock.name.strip('/')}"
+        assert semaphore.exists()
         assert (Path("/dev/shm") / mine.name).exists()
         assert (Path("/dev/shm") / younger.name).exists()
     finally:

@@ -73,6 +73,13 @@ def test_one_value_is_an_axis_of_one(write):
         ("seed: 0", "tensor-parallel-size: 2", 14, "groups[0].serve", "use 'layout'"),
         ("seed: 0", "seed: 2024-01-01", 14, "groups[0].serve.seed", "allowed: text, a number"),
         ("interleave: [1, 16]", "expect: fail\n    why: x", 13, "groups[0].expect", "may declare pass, xfail"),
+        (
+            "interleave: [1, 16]",
+            "helix: {allow_gqa_tpa: true}",
+            13,
+            "groups[0].helix.allow_gqa_tpa",
+            "allowed: allow_gqa_tpa1",
+        ),
         ("interleave: [1, 16]", "expect: xfail", 7, "groups[0]", "needs a 'why'"),
         ("interleave: [1, 16]", "workload: tiny", 13, "groups[0].workload", "'smoke' or 'standard'"),
         ("    mode: helix-gqa\n", "", 7, "groups[0]", "'mode' is required"),
