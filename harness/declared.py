@@ -71,6 +71,20 @@ def judge(rules: Rules) -> Declaration:
     return declaration._replace(why=declaration.why + note)
 
 
+@cache
+def standard_tp_problem(model: str, tp: int) -> str | None:
+    """Why standard TP cannot run `model` on `tp` ranks (so that nothing could be compared there), or None."""
+    from helix_runtime.layout import LayoutError, resolve_layout
+
+    try:
+        resolve_layout(tp, 1, **shape_of(model).layout_arguments(), helix_mode=False)
+    except LayoutError as error:
+        return error.sentence
+    except LookupError:
+        return None
+    return None
+
+
 def shape_of(model: str):
     """The ModelShape of a recipe or of a committed `config.json`. Raises LookupError for a model without either."""
     if model.startswith("recipe:"):

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 
 from harness.cell import Cell, Mode, Value
-from harness.declared import Declaration, declare
+from harness.declared import Declaration, declare, standard_tp_problem
 from harness.frozen import Frozen
 from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
@@ -64,6 +64,9 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[Planne
         place = (cell.hardware, cell.tp)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
+        # A baseline that standard TP cannot run, and a cell that would be compared with it.
+        compared = cell if cell.baseline else base
+        lost = standard_tp_problem(compared.model, compared.tp) if compared else None
         plan[cell.key] = PlannedCell(
             cell=cell,
             suites=(suite,),
@@ -71,7 +74,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[Planne
             declared_why=declaration.why,
             baseline=base,
             refusal=declaration.refusal,
-            skip=skips[place],
+            skip=skips[place] or (f"standard TP has no such layout to compare with: {lost}" if lost else None),
         )
 
     def add_with_baseline(cell: Cell, suite: str, declaration: Declaration) -> None:

@@ -252,3 +252,10 @@ def test_a_lost_reference_is_the_error_of_the_whole_chain(tmp_path):
     assert [result.verdict for result in found] == [Verdict.ERROR] * 3
     assert [cell for cell, _, _ in table.ran] == [reference]
     assert reference.id in found[1].reason and "no memory" in found[2].reason
+
+
+def test_a_layout_without_a_baseline_is_skipped_with_the_reason():
+    """Six KV heads: Helix can shard them over four ranks as TPA 2, standard TP cannot."""
+    plan = expand([suite(model="recipe:llama-k6", layout={"tp": 4, "dcp": 2})], [CPU])
+    assert all("standard TP has no such layout to compare with" in item.skip for item in plan if item.cell.tp == 4)
+    assert [item.cell.tp for item in plan] == [1, 4, 4]
