@@ -193,3 +193,9 @@ def _llama_k6() -> Recipe:
 @recipe
 def _qwen3_k4() -> Recipe:
     return Recipe(name="qwen3-k4", architecture="Qwen3ForCausalLM", model_type="qwen3", kv_heads=4, qk_norm=True)
+
+
+@family(r"(?P<base>llama-k\d+|qwen3-k4|deepseek-v2)-seed(?P<seed>\d+)")
+def _other_weights(base: str, seed: str) -> Recipe:
+    """The same model with other random weights: `llama-k4-seed1`."""
+    return find(base).model_copy(update={"name": f"{base}-seed{seed}", "seed": int(seed)})

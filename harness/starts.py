@@ -1,0 +1,252 @@
+"""Clean starts: right servers over modes, models and seeds, each asked several disjoint prompt sets.
+
+    python -m harness starts FOLDER [--only GLOB] [--limit N] [--sets N] [--list]
+
+What the oracle says of these is its false-alarm rate (`harness.alarms`). Every group has a baseline, stock and decoding
+freely; every other start of the group is forced along its tokens, set by set. Resumable: a start whose folder is
+complete is left alone. A folder holds `start.json` (which cell, which sets, what its workers proved), one
+`set-N.json` a prompt set (a `Transcript`), the baseline's also `workload-N.json`, and `server.log`.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from harness.cell import Cell, Mode
+from harness.client import answer_all
+from harness.executors.local import dtype_of, shape_of
+from harness.frozen import Frozen
+from harness.lease import lease_port
+from harness.server.launch import FORCED_DECODE, make_launch
+from harness.server.process import Server, ServerFailed
+from harness.transcript import Transcript
+from harness.workload import Workload, make_workload
+from helix_runtime.proof import read_proofs
+
+SETS = 5
+SERVE = (
+    ("dtype", "float32"), ("max-model-len", 2048), ("enforce-eager", True), ("kv-cache-memory-bytes", 2**26),
+    ("seed", 0),
+)  # fmt: skip
+
+
+class Start(Frozen):
+    """One server to start: `group` names the tokens it follows, `name` its folder; `leads` is the group's baseline."""
+
+    group: str
+    name: str
+    cell: Cell
+    leads: bool = False
+
+
+class Record(Frozen):
+    """`start.json`: what a folder holds. `workload_seeds[i]` made the prompts of `set-i.json`."""
+
+    start: Start
+    dtype: str
+    workload_seeds: tuple[int, ...]
+    start_seconds: float
+    set_seconds: tuple[float, ...]
+    proof: tuple[dict, ...]
+
+
+class Group(Frozen):
+    """A model, its block size, and the TP whose boundaries the prompts probe; members are compared with each other."""
+
+    model: str
+    block: int = 32
+    tp: int = 4
+
+    @property
+    def name(self) -> str:
+        return self.model.removeprefix("recipe:")
+
+    @property
+    def mla(self) -> bool:
+        return "deepseek" in self.model
+
+    def cell(self, mode: Mode, tp: int, kvp: int = 1, interleave: int = 1, comm: str | None = None, seats: int = 16):
+        stock, ours = ("CPU_MLA", "HELIX_CPU_MLA") if self.mla else ("CPU_ATTN", "HELIX_CPU")
+        tpa1 = mode is Mode.HELIX_GQA and tp == kvp
+        return Cell(
+            mode=mode,
+            backend=stock if mode is Mode.STANDARD_TP else ours,
+            hardware="cpu",
+            model=self.model,
+            tp=tp,
+            kvp=kvp,
+            interleave=interleave,
+            comm=comm,
+            serve=(*SERVE, ("block-size", self.block), ("max-num-seqs", seats)),
+            helix=(("allow_gqa_tpa1", True),) if tpa1 else (),
+            workload="smoke",
+        )
+
+    def workloads(self, count: int) -> list[tuple[int, Workload]]:
+        """(seed, workload) of `count` prompt sets, no two of which share a prompt."""
+        shape = shape_of(self.model)
+        made: list[tuple[int, Workload]] = []
+        seen: set[tuple[int, ...]] = set()
+        seed = 1000
+        while len(made) < count:
+            workload = make_workload(
+                tp=self.tp,
+                block=self.block,
+                vocab=shape.vocab_size,
+                max_model_len=dict(SERVE)["max-model-len"],
+                profile="smoke",
+                seed=seed,
+                retrieves=self.model if "-retrieve" in self.model else None,
+            )
+            prompts = {prompt.token_ids for prompt in workload.prompts}
+            if not prompts & seen:
+                made.append((seed, workload))
+                seen |= prompts
+            seed += 1
+        return made
+
+
+def groups() -> Iterator[tuple[Group, list[Cell]]]:
+    """Every group with the cells that follow its baseline (standard TP at the group's TP)."""
+    tp, dcp, gqa, mla = Mode.STANDARD_TP, Mode.STANDARD_DCP, Mode.HELIX_GQA, Mode.HELIX_MLA
+    k4 = Group(model="recipe:llama-k4")
+    yield k4, [
+        k4.cell(gqa, 4, 2, 16, "a2a"), k4.cell(tp, 1), k4.cell(tp, 2), k4.cell(tp, 4), k4.cell(gqa, 4, 2, 1, "a2a"),
+        k4.cell(gqa, 4, 2, 1, "ag_rs"), k4.cell(gqa, 4, 2, 32, "a2a"), k4.cell(gqa, 4, 2, 16, "ag_rs"),
+        k4.cell(gqa, 4, 4, 16, "a2a"), k4.cell(tp, 4, seats=4), k4.cell(tp, 8), k4.cell(gqa, 8, 4, 16, "a2a"),
+    ]  # fmt: skip
+    v2 = Group(model="recipe:deepseek-v2", block=16)
+    yield v2, [
+        v2.cell(mla, 4, 4, 16, "a2a"), v2.cell(tp, 1), v2.cell(dcp, 4, 2, 16, "a2a"), v2.cell(mla, 4, 4, 1, "ag_rs"),
+        v2.cell(tp, 2),
+    ]  # fmt: skip
+    k4b = Group(model="recipe:llama-k4-seed1", tp=2)
+    yield k4b, [
+        k4b.cell(gqa, 2, 2, 16, "a2a"), k4b.cell(tp, 1), k4b.cell(gqa, 2, 2, 1, "ag_rs"),
+        k4b.cell(gqa, 2, 2, 1, "a2a"), k4b.cell(gqa, 2, 2, 16, "ag_rs"),
+    ]  # fmt: skip
+    v2b = Group(model="recipe:deepseek-v2-seed1", block=16, tp=2)
+    yield v2b, [
+        v2b.cell(mla, 2, 2, 16, "a2a"), v2b.cell(tp, 1), v2b.cell(mla, 2, 2, 1, "ag_rs"),
+        v2b.cell(dcp, 2, 2, 16, "ag_rs"), v2b.cell(dcp, 2, 2, 1, "a2a"),
+    ]  # fmt: skip
+    # vLLM's rule for standard DCP with GQA is TP > K, so with two ranks the model has one KV head.
+    k1 = Group(model="recipe:llama-k1-seed1", tp=2)
+    yield k1, [
+        k1.cell(dcp, 2, 2, 1, "ag_rs"), k1.cell(dcp, 2, 2, 16, "a2a"), k1.cell(tp, 1), k1.cell(dcp, 2, 2, 16, "ag_rs"),
+    ]  # fmt: skip
+    qwen = Group(model="recipe:qwen3-k4", tp=2)
+    yield qwen, [qwen.cell(gqa, 2, 2, 16, "a2a"), qwen.cell(tp, 1), qwen.cell(gqa, 2, 2, 1, "ag_rs")]
+    k2 = Group(model="recipe:llama-k2")
+    yield k2, [
+        k2.cell(dcp, 4, 2, 1, "ag_rs"), k2.cell(dcp, 4, 2, 1, "a2a"), k2.cell(tp, 1), k2.cell(gqa, 4, 2, 16, "a2a"),
+    ]  # fmt: skip
+    finds = Group(model="recipe:llama-retrieve-k4", tp=2)
+    yield finds, [finds.cell(gqa, 2, 2, 16, "a2a"), finds.cell(tp, 1)]
+
+
+def starts() -> list[tuple[Group, Start]]:
+    """The plan: each group's baseline, then what follows it."""
+    plan: list[tuple[Group, Start]] = []
+    for group, cells in groups():
+        lead = group.cell(Mode.STANDARD_TP, group.tp)
+        plan.append((group, Start(group=group.name, name=f"{group.name}--baseline", cell=lead, leads=True)))
+        plan += [(group, Start(group=group.name, name=_name(group, cell), cell=cell)) for cell in cells]
+    return plan
+
+
+def _name(group: Group, cell: Cell) -> str:
+    seats = dict(cell.serve)["max-num-seqs"]
+    parts = [group.name, str(cell.mode), f"tp{cell.tp}", *([f"dcp{cell.kvp}", f"i{cell.interleave}"] * (cell.kvp > 1))]
+    return "-".join([*parts, *([cell.comm] if cell.comm else []), *([f"seats{seats}"] if seats != 16 else [])])
+
+
+def make(group: Group, start: Start, root: Path, sets: int) -> Record:
+    """Start the server, ask every set, write the folder. ServerFailed when it does not come up or dies."""
+    folder = root / start.name
+    folder.mkdir(parents=True, exist_ok=True)
+    leader, dtype = root / f"{group.name}--baseline", dtype_of(start.cell)
+    if start.leads:
+        asked = group.workloads(sets)
+        for index, (_, workload) in enumerate(asked):
+            (folder / f"workload-{index}.json").write_text(workload.model_dump_json())
+        seeds, follow = tuple(seed for seed, _ in asked), [None] * sets
+    else:
+        seeds = read_record(leader).workload_seeds
+        follow = [Transcript.load(leader / f"set-{index}.json") for index in range(sets)]
+    # Read back, so that all of a group are asked the same even if the code that makes prompts changes on the way.
+    workloads = [Workload.model_validate_json((leader / f"workload-{index}.json").read_text()) for index in range(sets)]
+    seconds: list[float] = []
+    with lease_port() as port:
+        launch = make_launch(start.cell, folder.absolute(), port)
+        if start.cell.baseline and not start.leads:  # stock, but for the processor that imposes tokens
+            launch = launch.model_copy(update={"argv": (*launch.argv, "--logits-processors", FORCED_DECODE)})
+        began = time.monotonic()
+        with Server(launch, folder / "server.log") as server:
+            started = time.monotonic() - began
+            for index, workload in enumerate(workloads):
+                began = time.monotonic()
+                answers = answer_all(server, start.cell, workload, dtype, follow=follow[index])
+                answers.save(folder / f"set-{index}.json")
+                seconds.append(round(time.monotonic() - began, 2))
+            proofs = read_proofs(launch.proof_dir) if launch.proof_dir else []
+    record = Record(
+        start=start,
+        dtype=dtype,
+        workload_seeds=seeds,
+        start_seconds=round(started, 2),
+        set_seconds=tuple(seconds),
+        proof=tuple(dataclasses.asdict(proof) for proof in proofs),
+    )
+    (folder / "start.json").write_text(record.model_dump_json(indent=1))
+    return record
+
+
+def read_record(folder: Path) -> Record:
+    return Record.model_validate_json((folder / "start.json").read_text())
+
+
+def complete(root: Path, start: Start, sets: int) -> bool:
+    """Whether `start` is there, made for the same cell, with at least `sets` sets."""
+    folder = root / start.name
+    if not (folder / "start.json").is_file():
+        return False
+    known = read_record(folder)
+    return known.start.cell == start.cell and len(known.workload_seeds) >= sets
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m harness starts`. Exit status 3 when a server failed."""
+    parser = argparse.ArgumentParser(prog="python -m harness starts", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="starts whose name matches")
+    parser.add_argument("--limit", type=int, default=10_000, metavar="N", help="make at most N, then stop")
+    parser.add_argument("--sets", type=int, default=SETS, metavar="N", help=f"prompt sets a start (default {SETS})")
+    parser.add_argument("--list", action="store_true", help="print the plan and what of it is there")
+    options = parser.parse_args(arguments)
+    plan = [(group, start) for group, start in starts() if fnmatchcase(start.name, options.only)]
+    made = failed = 0
+    for group, start in plan:
+        there = complete(options.folder, start, options.sets)
+        if options.list:
+            print(f"{'there  ' if there else 'missing'}  {start.name}")
+            continue
+        if there or made >= options.limit:
+            continue
+        made += 1
+        try:
+            record = make(group, start, options.folder, options.sets)
+        except (ServerFailed, OSError) as problem:
+            failed += 1
+            print(f"failed   {start.name}: {problem}", flush=True)
+            continue
+        print(f"made     {start.name}: {record.start_seconds} s, sets {list(record.set_seconds)} s", flush=True)
+    return 3 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
