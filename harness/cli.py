@@ -36,7 +36,7 @@ exit status:
 """
 
 #: `python -m harness NAME …` -> `module:function`, called with the rest of the arguments, returns the exit status.
-SUBCOMMANDS: dict[str, str] = {}
+SUBCOMMANDS: dict[str, str] = {"starts": "harness.starts:main"}
 
 
 class UsageError(ValueError):
@@ -60,7 +60,7 @@ class Request:
 
     @cached_property
     def plan(self) -> list[PlannedCell]:
-        return select(expand(self.suites, self.hardware), self.options.cell)
+        return select(expand(self.suites, self.hardware, self.options.share_gpu), self.options.cell)
 
 
 class Action(NamedTuple):
@@ -136,6 +136,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, default=1, metavar="N", help="cells that run at the same time (default 1)"
     )
     how.add_argument("--runtime", choices=("auto", "process", "docker"), default="auto", help="where servers run")
+    how.add_argument(
+        "--share-gpu", action="store_true", help="all ranks of a GPU cell on one GPU: for validation, not for speed"
+    )
     how.add_argument("--run-dir", metavar="DIR", help="folder of this run (default reports/runs/TIME-HASH)")
     return parser
 

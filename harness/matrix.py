@@ -18,6 +18,9 @@ from harness.yaml_file import Problem, SuiteError
 
 LIMIT_CELLS = 20_000
 
+#: The Helix option that puts all ranks on one GPU. The only one that a baseline may carry: it is compared with TP1.
+SHARE_GPU = "share_gpu"
+
 #: The stock backend of a CPU baseline; on a GPU the cell's own backend is stock already.
 STOCK_ON_CPU = {"HELIX_CPU": "CPU_ATTN", "HELIX_CPU_MLA": "CPU_MLA"}
 
@@ -43,8 +46,11 @@ class PlanError(ValueError):
     """A selection that names no cell."""
 
 
-def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[PlannedCell]:
-    """Every cell of `suites`, baselines included and first. Raises SuiteError where suites contradict each other."""
+def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: bool = False) -> list[PlannedCell]:
+    """Every cell of `suites`, baselines included and first. Raises SuiteError where suites contradict each other.
+
+    `share_gpu`: all ranks of a GPU cell share one GPU.
+    """
     plan: dict[str, PlannedCell] = {}
     ids: dict[str, str] = {}
     baselines: dict[Cell, Cell] = {}
@@ -88,6 +94,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware]) -> list[Planne
     for suite in suites:
         for group in suite.groups:
             for cell in cells_of(group, suite):
+                cell = on_one_gpu(cell) if share_gpu else cell
                 add_with_baseline(cell, suite.name, declare(cell, group.refusal))
     return list(plan.values())
 
@@ -116,6 +123,15 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
                 )
 
 
+def on_one_gpu(cell: Cell) -> Cell:
+    """`cell` with its ranks on one GPU, which takes eager mode; a CPU cell or a single rank as it is."""
+    if cell.hardware == "cpu" or cell.tp == 1:
+        return cell
+    serve = tuple((name, value) for name, value in cell.serve if name != "enforce-eager")
+    helix = tuple((name, value) for name, value in cell.helix if name != SHARE_GPU)
+    return cell.model_copy(update={"serve": (*serve, ("enforce-eager", True)), "helix": (*helix, (SHARE_GPU, True))})
+
+
 def baseline_of(cell: Cell) -> Cell | None:
     """What `cell` is compared with: standard TP with the same TP, model, options and workload, on stock attention.
 
@@ -126,7 +142,9 @@ def baseline_of(cell: Cell) -> Cell | None:
     if cell.baseline:
         if cell.tp == 1 or not cell.model.startswith("recipe:"):
             return None
-        return cell.model_copy(update={"tp": 1, "workload": f"{cell.workload}@{cell.tp}", "expect": None, "why": None})
+        return cell.model_copy(
+            update={"tp": 1, "workload": f"{cell.workload}@{cell.tp}", "helix": (), "expect": None, "why": None}
+        )
     return Cell(
         mode=Mode.STANDARD_TP,
         backend=STOCK_ON_CPU.get(cell.backend, cell.backend),
@@ -134,6 +152,7 @@ def baseline_of(cell: Cell) -> Cell | None:
         model=cell.model,
         tp=cell.tp,
         serve=tuple((name, value) for name, value in cell.serve if not name.startswith("dcp-")),
+        helix=tuple((name, value) for name, value in cell.helix if name == SHARE_GPU),
         env=cell.env,
         workload=cell.workload,
         vllm_version=cell.vllm_version,
@@ -148,8 +167,8 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
         return f"no {cell.hardware} here; this host is planned with {has}"
     if not here.detected:
         return f"{cell.hardware} is assumed for planning, and is not on this host"
-    if cell.hardware != "cpu" and here.count < cell.tp:
-        return f"needs {cell.tp} {cell.hardware} GPUs; this host has {here.count}"
+    if cell.hardware != "cpu" and here.count < cell.tp and (SHARE_GPU, True) not in cell.helix:
+        return f"needs {cell.tp} {cell.hardware} GPUs; this host has {here.count} (--share-gpu puts all ranks on one)"
     return None
 
 

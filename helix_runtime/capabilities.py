@@ -68,7 +68,7 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
 
 
 #: Backends that the plugin lets run with context parallelism on CUDA, by kind of model; it refuses all others.
-PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN",), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
+PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN", "FLASHINFER"), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
 
 
 def plugin_refusal_on_cuda(backend: str | None, use_mla: bool, eager: bool) -> str | None:

@@ -7,5 +7,6 @@ from harness.models.circuit import RetrievalRecipe
 from harness.models.circuit_mla import MlaRetrievalRecipe
 from harness.models.deepseek import MlaRecipe
 from harness.models.recipe import RECIPES, Recipe, ensure, shape
+from harness.models.wide import wide
 
-__all__ = ["RECIPES", "MlaRecipe", "MlaRetrievalRecipe", "Recipe", "RetrievalRecipe", "ensure", "shape"]
+__all__ = ["RECIPES", "MlaRecipe", "MlaRetrievalRecipe", "Recipe", "RetrievalRecipe", "ensure", "shape", "wide"]

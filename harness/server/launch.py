@@ -44,7 +44,7 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
     argv += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
     if not cell.baseline:
         argv += ["--logits-processors", FORCED_DECODE]
-        if cell.mode.helix or (cell.mode is Mode.STANDARD_DCP and cell.hardware == "cpu"):
+        if cell.mode.helix or cell.mode is Mode.STANDARD_DCP:  # stock DCP is counted, and proves its path
             helix = {**dict(cell.helix), "proof_dir": str(proof_dir)}
             given["helix"] = {**given.get("helix", {}), **helix, **({"fault": cell.fault} if cell.fault else {})}
     if given:
@@ -74,7 +74,12 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
         env["HF_HUB_OFFLINE"] = "1"
     if cell.hardware == "cpu":
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    if cell.baseline:
+        if dict(cell.serve).get("enforce-eager") is True:
+            # vLLM compiles a few helpers (vocabulary masks, ranks of logprobs) even then: 10 s of C++ a rank, each start.
+            env["TORCHDYNAMO_DISABLE"] = "1"
+    else:
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiles for minutes at first use; we decode greedily
+    if cell.baseline and not cell.helix:
         env["VLLM_PLUGINS"] = ""  # not even loaded: a baseline is stock
     return env | dict(cell.env)
 

@@ -1,8 +1,9 @@
 """Ranks that share one GPU: `additional_config={"helix": {"share_gpu": true}}`. For validation, never for speed.
 
 Why: a layout of TP ranks can be proved on a machine with one GPU. NCCL refuses two ranks on a device.
-Hook: `ParallelConfig.assigned_physical_gpu_ids` (a stock field) puts every rank on the one visible GPU; the process
-groups use gloo; collectives on CUDA tensors are staged through host memory, and cannot be captured into CUDA graphs.
+Hook: `ParallelConfig.assigned_physical_gpu_ids` (a stock field) puts every rank on the one visible GPU; each takes its
+share of `--gpu-memory-utilization`; the process groups use gloo; collectives on CUDA tensors are staged through host
+memory, and cannot be captured into CUDA graphs.
 Upstream: none; no engine offers it.
 Remove when: a device-side exchange between processes on one GPU replaces the staging.
 """
@@ -38,6 +39,7 @@ def admit(config) -> None:
         )
     parallel.assigned_physical_gpu_ids = shared
     parallel.disable_custom_all_reduce = True
+    config.cache_config.gpu_memory_utilization /= parallel.world_size
 
 
 def install() -> None:

@@ -7,6 +7,8 @@ Upstream: none needed.
 Remove when: a general plugin is handed the configuration.
 """
 
+import importlib.util
+
 from helix_runtime.proof import ProofWriter, RankProof
 from helix_runtime.vllm_plugin import share_gpu
 from helix_runtime.vllm_plugin.compat import patch
@@ -45,14 +47,30 @@ def activate(config, options: HelixOptions, rank: int) -> None:
         cpu_mla.install()
         slot_mapping.install()
     else:
-        from helix_runtime.vllm_plugin import cuda_mla, flash_attention
-
-        (cuda_mla if layout.use_mla else flash_attention).install()
+        _install_on_cuda(layout.use_mla, config.attention_config.backend)
     if options.helix_mode and not layout.use_mla:
         view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
         tpa_scope.install(attention_constructor(config.model_config.architecture), view)
         owned_heads.install(layout.kvp)
     patch("vllm.v1.worker.gpu_worker:Worker.load_model", lambda original: _load_model(original, options, layout))
+
+
+def _install_on_cuda(use_mla: bool, backend) -> None:
+    """The hooks of the backend that was named; where vLLM chooses, of each that it may choose."""
+    name = backend.name if backend is not None else None
+    if use_mla:
+        from helix_runtime.vllm_plugin import cuda_mla
+
+        cuda_mla.install()
+        return
+    if name != "FLASHINFER":
+        from helix_runtime.vllm_plugin import flash_attention
+
+        flash_attention.install()
+    if name == "FLASHINFER" or (name is None and importlib.util.find_spec("flashinfer")):
+        from helix_runtime.vllm_plugin import flashinfer_attention
+
+        flashinfer_attention.install()
 
 
 def _load_model(original, options: HelixOptions, layout):
@@ -113,11 +131,16 @@ def rank_proof(worker, context) -> RankProof:
         group_size=group.world_size,
         group_ranks=tuple(group.ranks),
         interleave=context.interleave,
-        lse_base="e" if all(impl.lse_base_on_e for impl in impls) else "2",
+        lse_base="e" if all(_natural(impl) for impl in impls) else "2",
         model_runner=f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
         vllm_version=vllm.__version__,
         self_test="ok",
     )
+
+
+def _natural(impl: type) -> bool:
+    """Whether an implementation's LSE is natural. FLASHINFER inherits a flag that says yes; its kernels use base 2."""
+    return impl.lse_base_on_e and impl.__qualname__ != "FlashInferImpl"
 
 
 def _backend_name(layer) -> str:

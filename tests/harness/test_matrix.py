@@ -143,7 +143,7 @@ def test_the_switch_makes_tpa1_legal():
 def test_what_the_plugin_refuses_on_cuda_is_declared_so():
     model = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
     for backend, serve, why in (
-        ("FLASHINFER", {"enforce-eager": True}, "with FLASHINFER on CUDA; allowed: --attention-backend FLASH_ATTN"),
+        ("TRITON_ATTN", {"enforce-eager": True}, "with TRITON_ATTN on CUDA; allowed: --attention-backend FLASH_ATTN"),
         ("auto", {"enforce-eager": True}, "with the backend that vLLM would choose"),
         ("FLASH_ATTN", {}, "add --enforce-eager"),
     ):
@@ -176,7 +176,7 @@ def test_absent_hardware_and_too_few_gpus_are_skips_with_the_reason():
     one = suite(hardware=["hopper", "blackwell"], backend="FLASH_ATTN", model="nvidia/Llama-3.1-Nemotron-Nano-8B-v1",
                 serve={"enforce-eager": True})  # fmt: skip
     reasons = {item.cell.hardware: item.skip for item in expand([one], [hopper(2)])}
-    assert reasons["hopper"] == "needs 4 hopper GPUs; this host has 2"
+    assert reasons["hopper"] == "needs 4 hopper GPUs; this host has 2 (--share-gpu puts all ranks on one)"
     assert reasons["blackwell"].startswith("no blackwell here")
     declared = {item.declared for item in expand([one], [hopper(2)])}
     assert declared == {Verdict.PASS}  # what the cell would be elsewhere is kept

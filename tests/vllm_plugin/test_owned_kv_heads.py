@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
 
-from helix_runtime.vllm_plugin.flash_attention import owned_kv_heads
+from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
 
 
 @pytest.mark.parametrize(

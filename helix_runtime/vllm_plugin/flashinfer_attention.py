@@ -1,0 +1,120 @@
+"""Helix GQA on FLASHINFER (CUDA): context over this rank's shard, new tokens over the heads it owns.
+
+Why: the stock backend gathers the DCP group's queries, plans its kernels for DCP times the layer's query heads, and
+attends new tokens on all KV heads of the layer. Under Helix a rank has projected all Q/TPA heads of its group already,
+and owns 1/KVP of them after the exchange; with the stock plan it would read KV heads of other queries.
+Hook: what the backend is built from, never its arithmetic. `FlashInferMetadataBuilder.__init__` (query heads are
+divided by KVP, so that the product is right again); `get_dcp_group` as that module sees it (a gather of queries gives
+back the queries); `BatchDCPPrefillWrapper.__init__` (new tokens on owned heads; the combine is counted);
+`FlashInferImpl.__init__` (the decode combine is counted); its `do_kv_cache_update`, where tokens are counted.
+Upstream: vllm `v1/attention/backends/flashinfer.py`, whose combines are told base 2 by their call sites.
+Remove when: that backend takes Q/TPA heads.
+"""
+
+import torch
+from vllm.v1.attention.backends import flashinfer as upstream
+
+from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
+from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
+
+_MODULE = "vllm.v1.attention.backends.flashinfer"
+_real_group = upstream.get_dcp_group
+
+
+def install() -> None:
+    patch(f"{_MODULE}:FlashInferMetadataBuilder.__init__", _builder_init)
+    patch(f"{_MODULE}:BatchDCPPrefillWrapper.__init__", _wrapper_init)
+    patch(f"{_MODULE}:FlashInferImpl.__init__", _impl_init)
+    patch(f"{_MODULE}:FlashInferImpl.do_kv_cache_update", _do_kv_cache_update)
+    patch(f"{_MODULE}:get_dcp_group", lambda original: lambda: _QueriesAreThere() if current().helix else original())
+
+
+class _QueriesAreThere:
+    """The DCP group as the backend's query gather sees it under Helix: every rank holds its group's queries already."""
+
+    def all_gather(self, query: torch.Tensor, dim: int) -> torch.Tensor:
+        assert dim in (1, query.dim() - 2), dim
+        return query
+
+
+class _OwnedHeads:
+    """FlashInfer's wrapper for new tokens, narrowed to the query heads that this rank owns and the KV heads they read.
+
+    `plan` gets Q/TP query heads (the builder's) and K/TPA KV heads (the layer's); `run` gets query [T, Q/TPA, D], key
+    and value [T, K/TPA, D], and returns (output [T, Q/TP, D], LSE [T, Q/TP] in base 2).
+    """
+
+    def __init__(self, wrapper, context: ContextParallel):
+        self._wrapper, self._context = wrapper, context
+
+    def __getattr__(self, name: str):
+        return getattr(self._wrapper, name)
+
+    def plan(self, *, num_qo_heads: int, num_kv_heads: int, **how) -> None:
+        heads = self._heads(num_qo_heads * self._context.kvp, num_kv_heads)
+        read = heads.stop - heads.start if isinstance(heads, slice) else len(heads)
+        self._wrapper.plan(num_qo_heads=num_qo_heads, num_kv_heads=read, **how)
+
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how):
+        owned = query.shape[1] // self._context.kvp
+        first = self._context.kvp_rank * owned
+        heads = self._heads(query.shape[1], key.shape[1])
+        mine = query[:, first : first + owned].contiguous()
+        return self._wrapper.run(mine, key[:, heads].contiguous(), value[:, heads].contiguous(), **how)
+
+    def _heads(self, num_heads: int, num_kv_heads: int) -> slice | list[int]:
+        return owned_kv_heads(num_heads, num_kv_heads, self._context.kvp, self._context.kvp_rank)
+
+
+def _counted(phase: str, combine):
+    """`combine` of upstream on the real group, counted as this phase's attention and combine."""
+
+    def counted(partial_output, partial_lse, _group, **how):
+        proof = current().proof
+        proof.count(f"{phase}_attention")
+        proof.count(f"{phase}_combine")
+        return combine(partial_output, partial_lse, _real_group(), **how)
+
+    return counted
+
+
+def _builder_init(original):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        context = current()
+        if context.helix:
+            assert self.num_qo_heads % context.kvp == 0, (self.num_qo_heads, context.kvp)
+            self.num_qo_heads //= context.kvp
+
+    return __init__
+
+
+def _wrapper_init(original):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        context = current()
+        self._dcp_combine = _counted("prefill", self._dcp_combine)
+        if context.helix:
+            self._new_tokens = _OwnedHeads(self._new_tokens, context)
+
+    return __init__
+
+
+def _impl_init(original):
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.dcp_combine = _counted("decode", self.dcp_combine)
+
+    return __init__
+
+
+def _do_kv_cache_update(original):
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        original(self, layer, key, value, kv_cache, slot_mapping)
+        context = current()
+        if context.counts_tokens:
+            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
+            context.proof.count("global_tokens", key.shape[0])
+
+    return do_kv_cache_update
