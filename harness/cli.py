@@ -29,6 +29,8 @@ examples:
   ./test_helix.sh --cell '*/helix-gqa/*/i16'             cells by id, with the baselines they need
   ./test_helix.sh --suite helix-gqa --dry-run            the serve command of each cell
   ./test_helix.sh --all --hardware hopper --dry-run      what a Hopper host would run
+  ./test_helix.sh --all --share-gpu                      … on a host with one GPU
+  ./test_helix.sh doctor                                 what this host can run, and what it lacks
 
 exit status:
   0 every verdict as declared   1 a verdict about Helix differs from the declared one
@@ -36,7 +38,7 @@ exit status:
 """
 
 #: `python -m harness NAME …` -> `module:function`, called with the rest of the arguments, returns the exit status.
-SUBCOMMANDS: dict[str, str] = {"starts": "harness.starts:main"}
+SUBCOMMANDS: dict[str, str] = {"doctor": "harness.doctor:main", "starts": "harness.starts:main"}
 
 
 class UsageError(ValueError):
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None, found: Callable[[], list[Hardware]] 
     if argv and argv[0] in SUBCOMMANDS:
         module, _, function = SUBCOMMANDS[argv[0]].partition(":")
         return getattr(importlib.import_module(module), function)(argv[1:])
+    if argv[:1] == ["run"]:  # what is done with chosen cells anyway
+        argv = argv[1:]
     parser = make_parser()
     try:
         options = parser.parse_args(argv)
