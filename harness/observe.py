@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from harness.executors.local import Attempt
 from harness.matrix import PlannedCell
-from harness.oracle.band import band_of
+from harness.oracle.band import Band
 from harness.oracle.judge import Judgement, judge
 from harness.oracle.proof import check_proof
 from harness.result import Statistic
@@ -19,8 +19,13 @@ class Observation(NamedTuple):
     judgement: Judgement | None = None
 
 
-def observe(item: PlannedCell, attempt: Attempt, baseline: Transcript | None) -> Observation:
-    """The verdict of one cell. `baseline` is None for references and declared refusals only."""
+def observe(
+    item: PlannedCell, attempt: Attempt, baseline: Transcript | None, band: Band | None = None, cells: int = 1
+) -> Observation:
+    """The verdict of one cell, one of `cells` that the run judges.
+
+    `baseline` is None for references and declared refusals only; `band` is None where none could be measured.
+    """
     if item.declared is Verdict.REJECTED:
         return _refusal(item, attempt)
     if attempt.failure is not None:
@@ -32,9 +37,11 @@ def observe(item: PlannedCell, attempt: Attempt, baseline: Transcript | None) ->
         return _reference(transcript)
     if baseline is None:
         return Observation(Verdict.ERROR, "there is no baseline to compare with")
+    if band is None:
+        return _without_band(item, transcript)
     try:
-        judgement = judge(baseline, transcript, band_of(transcript.dtype))
-    except (KeyError, ValueError) as problem:
+        judgement = judge(baseline, transcript, band, cells=cells)
+    except ValueError as problem:
         return Observation(Verdict.ERROR, f"cannot compare: {problem.args[0]}")
     if item.cell.baseline:
         return _baseline(transcript, judgement)
@@ -74,6 +81,16 @@ def _baseline(transcript: Transcript, judgement: Judgement) -> Observation:
     return Observation(Verdict.PASS, f"{seen.reason}; against TP1, {judgement.reason}", judgement)
 
 
+def _without_band(item: PlannedCell, transcript: Transcript) -> Observation:
+    """A baseline can still be a reference; a cell cannot be judged."""
+    if not item.cell.baseline:
+        return Observation(Verdict.ERROR, f"cannot compare: no null band for {transcript.dtype} of {item.cell.model}")
+    seen = _reference(transcript)
+    if seen.verdict is not Verdict.PASS:
+        return seen
+    return seen._replace(reason=f"{seen.reason}; not compared with TP1: no null band for {transcript.dtype}")
+
+
 def _reference(transcript: Transcript) -> Observation:
     """A cell that others are compared with: it passes when it answered all."""
     silent = [answer.prompt for answer in transcript.answers if not answer.steps]
@@ -87,6 +104,8 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
     if not judgement.agree:
         verdict = Verdict.XFAIL if item.declared is Verdict.XFAIL else Verdict.FAIL
         return Observation(verdict, judgement.reason, judgement)
+    if not judgement.forced:
+        return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
     if unproven := check_proof(item.cell, attempt.proofs):
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     verdict = Verdict.XPASS if item.declared is Verdict.XFAIL else Verdict.PASS

@@ -6,7 +6,10 @@ from harness.verdict import Effect, Verdict, effect_of
 
 
 class Statistic(Frozen):
-    """One number of the oracle with its bound: `value` beyond `bound` means a difference; None bounds nothing."""
+    """One number of the oracle with its bound: `value` beyond `bound` means a difference; None bounds nothing.
+
+    `low` and `high`: its 95 % interval, where it has one. `null`: the same number of standard TP against itself.
+    """
 
     name: str
     value: float
@@ -14,6 +17,24 @@ class Statistic(Frozen):
     n: int
     unit: str
     note: str = ""
+    low: float | None = None
+    high: float | None = None
+    null: float | None = None
+
+
+class CurvePoint(Frozen):
+    """KL of decode against the baseline on positions `low` to `high`, in nats, over `n` steps: mean and `worst` step.
+
+    `null`: the null's mean there, None where it has no such positions; `band`: what no step may exceed.
+    """
+
+    low: int
+    high: int
+    n: int
+    kl: float
+    worst: float
+    null: float | None
+    band: float
 
 
 class Difference(Frozen):
@@ -45,6 +66,8 @@ class CellResult(Frozen):
     baseline_id: str | None = None
     statistics: tuple[Statistic, ...] = ()
     differences: tuple[Difference, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    band: str = ""  # one sentence on the null band and the false-alarm rate it was judged at
     proof: tuple[dict, ...] = ()  # helix_runtime.proof.RankProof, one a rank
     versions: tuple[tuple[str, str], ...] = ()
     hardware_name: str = ""

@@ -19,6 +19,8 @@ from harness.ledger import Ledger, now
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, observe, with_capacity
+from harness.oracle.band import Band
+from harness.oracle.bands import Bands
 from harness.result import CellResult
 from harness.transcript import Transcript
 from harness.verdict import Verdict
@@ -80,6 +82,8 @@ class _Run:
         self.versions = versions()
         self.results: dict[str, CellResult] = {}
         self.references: dict[str, Transcript | None] = {}  # of finished baselines, by key; None: it failed
+        self.bands = Bands(run_dir / "bands")
+        self.judged = sum(item.baseline is not None and item.skip is None for item in self.plan)
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
 
     def run(self) -> list[CellResult]:
@@ -125,20 +129,20 @@ class _Run:
         """One cell, to its row. Nothing but a defect of the ledger gets out of here."""
         started, cell = now(), item.cell
         attempt: Attempt | None = None
+        follow = self.references.get(item.baseline.key) if item.baseline else None
         if item.skip is not None:
             seen = Observation(Verdict.SKIP, item.skip)
-        elif item.baseline is not None and self.references.get(item.baseline.key) is None:
+        elif item.baseline is not None and follow is None:
             seen = Observation(Verdict.ERROR, self._no_baseline(item.baseline))
         else:
             self.ledger.cell_start(cell.id)
             self.progress(f"start     {cell.id}")
-            follow = self.references[item.baseline.key] if item.baseline else None
             try:
                 ask = item.declared is not Verdict.REJECTED
                 # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
                 forced = None if cell.baseline else follow
                 attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), forced, ask)
-                seen = observe(item, attempt, follow)
+                seen = observe(item, attempt, follow, self._band(item), self.judged)
                 if item.baseline:
                     base_tokens = self.capacities.get(item.baseline.key)
                     seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
@@ -152,12 +156,19 @@ class _Run:
         if cell.baseline:
             complete = attempt is not None and seen.verdict is Verdict.PASS
             self.capacities[cell.key] = attempt.kv_cache_tokens if attempt else None
+            if complete and follow is not None:
+                self.bands.measure(cell, attempt.transcript, follow)
             self.references[cell.key] = attempt.transcript if complete else None
         result = self._result(item, seen, attempt, started, where)
         self.results[cell.key] = result
         self.ledger.result(result)
         if item.skip is None:
             self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
+
+    def _band(self, item: PlannedCell) -> Band | None:
+        """The band of the cell's baseline; a baseline is itself judged by the shipped one."""
+        base = item.baseline if item.baseline and not item.cell.baseline else None
+        return self.bands.of(item.cell, base)
 
     def _no_baseline(self, baseline: Cell) -> str:
         if baseline.key not in self.references:
@@ -193,6 +204,8 @@ class _Run:
             baseline_id=item.baseline.id if item.baseline else None,
             statistics=judged.statistics if judged else (),
             differences=judged.differences if judged else (),
+            curve=judged.curve if judged else (),
+            band=judged.band if judged else "",
             proof=tuple(dataclasses.asdict(proof) for proof in attempt.proofs) if attempt else (),
             versions=self.versions,
             hardware_name=next((name for name in self.hardware if name.startswith(item.cell.hardware)), ""),

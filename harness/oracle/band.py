@@ -1,45 +1,143 @@
-"""How far two right servers may differ: the null band of each dtype."""
+"""The null band: how far two right servers of one model differ by rounding alone. A plain value, saved with the run.
+
+It is measured (`harness.oracle.calibrate`), never chosen: standard TP against itself with its reductions in another
+order. Where a run measured too little, the band that was measured for that dtype and kind of model is used instead
+(`shipped`).
+"""
+
+from pathlib import Path
+from typing import Literal
 
 from harness.frozen import Frozen
+from harness.models.recipe import PREFIX
+from harness.oracle.statistics import Tail
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "null"
+
+#: How often a run of clean cells may raise any alarm at all.
+RUN_RATE = 0.01
 
 
-class Band(Frozen):
-    """Bounds on what rounding alone does, in nats. Beyond any of them is a difference.
+class Source(Frozen):
+    """One pair of standard-TP transcripts that the band was measured from.
 
-    `max_change`: largest |Δ logprob| of any token that both top-k lists hold. `p99_change`: 99th percentile of
-    |Δ logprob| of the imposed token. `max_kl`: largest divergence of the top-k, the rest taken as one bucket.
-    `margin`: a step whose best two tokens are further apart than this must keep its best token.
+    `kind`: what differed: `tp size`, `batch composition`, `again`. `identical`: share of steps without any change; a
+    pair in which most steps are identical says that nothing was reordered and is listed, not used.
     """
 
-    dtype: str
-    max_change: float
-    p99_change: float
-    max_kl: float
-    margin: float
+    kind: str
+    baseline: str
+    candidate: str
+    prompts: int
+    steps: int
+    identical: float
+    used: bool
+
+
+class Row(Frozen):
+    """The null's loudness on some steps: mean log change of one prompt within one bin of positions, over `n` steps."""
+
+    prompt: str
+    bin: int
+    mean: float
+    n: int
+
+
+class Curve(Frozen):
+    """The null's KL in one bin of positions, in nats: mean and largest over `n` steps."""
+
+    bin: int
+    kl: float
+    worst: float
+    n: int
+
+
+class PhaseBand(Frozen):
+    """The null of prefill's token or of decode.
+
+    `change`: tail of the largest |Δ logprob| of a step, nats. `distance`: tail of sqrt(2 KL), which is a change in
+    nats as well. `level`: mean log change; `sd`: its standard deviation among steps of one row; `kl`, `forced`,
+    `agreement`: means of KL, of |Δ logprob| of the imposed token, of keeping the best token. `n`: steps.
+    """
+
+    change: Tail
+    distance: Tail
+    level: float
+    sd: float
+    kl: float
+    forced: float
+    agreement: float
+    n: int
+    rows: tuple[Row, ...] = ()
+    curve: tuple[Curve, ...] = ()
+
+
+class Spread(Frozen):
+    """How much the loudness of right servers varies as a whole: standard deviations of log ratios between clean pairs.
+
+    `cell`: of a whole cell; `group`: of a prompt class, position bin or batch place. `degrees`: of freedom they were
+    measured with; `source`: the command that measured them.
+    """
+
+    cell: float
+    group: float
+    degrees: int
     source: str
 
 
-#: Measured on CPU, `recipe:llama-k4`, vLLM 0.32, a server made to follow another's tokens, so that only the order of
-#: additions differs. fp32, TP1 against TP4 (29 prompts, 772 steps): largest change 5.0e-5, 99th percentile 1.2e-5, KL
-#: 7.6e-8; one server asked twice: 0.0; Helix TP4/DCP2 against TP4: 4.6e-5, 1.2e-5, 5.3e-7. The bounds are about ten
-#: times that. An unseen context token changes logprobs by 0.7 nat and more (`python -m harness.models.card`).
-BANDS: dict[str, Band] = {
-    band.dtype: band
-    for band in (
-        Band(
-            dtype="float32",
-            max_change=5e-4,
-            p99_change=1e-4,
-            max_kl=1e-5,
-            margin=1e-3,
-            source="TP1 against TP4 on CPU, fp32",
-        ),
-    )
-}
+#: Of models and dtypes for which none was measured: twice what was measured on CPU in fp32.
+UNMEASURED = Spread(cell=0.2, group=0.2, degrees=20, source="not measured")
 
 
-def band_of(dtype: str) -> Band:
-    """The band of `dtype`; a KeyError that names the measured ones otherwise."""
-    if dtype not in BANDS:
-        raise KeyError(f"no null band was measured for dtype {dtype}; measured: {', '.join(sorted(BANDS))}")
-    return BANDS[dtype]
+class Band(Frozen):
+    """The null band of one model and dtype, at one TP size or (shipped) at any.
+
+    `floor`: the least change that counts, in nats: the resolution of the logprobs themselves.
+    """
+
+    schema_version: Literal[1] = SCHEMA
+    name: str
+    dtype: str
+    model: str
+    workload_key: str
+    sources: tuple[Source, ...]
+    floor: float
+    prefill: PhaseBand
+    decode: PhaseBand
+    spread: Spread
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Band":
+        """Raises OSError, or ValueError (pydantic's) when the file is no band."""
+        return cls.model_validate_json(path.read_text())
+
+    def phase(self, prefill: bool) -> PhaseBand:
+        return self.prefill if prefill else self.decode
+
+
+def kind_of(model: str) -> str:
+    """Models of one kind share a shipped band: `made` (random weights), `retrieve` (made to look things up), `hub`."""
+    if not model.startswith(PREFIX):
+        return "hub"
+    return "retrieve" if "-retrieve" in model else "made"
+
+
+def shipped(dtype: str, model: str) -> Band:
+    """The band in the repository for `dtype` and the kind of `model`; a KeyError that names what there is otherwise."""
+    path = SHIPPED / f"{dtype}-{kind_of(model)}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json"))) or "none"
+        raise KeyError(f"no null band for {dtype} and models of kind {kind_of(model)}; shipped: {names}")
+    return Band.load(path)
+
+
+def spread_of(dtype: str, model: str) -> Spread:
+    """The measured spread of `dtype` and the kind of `model`, else a wide one."""
+    try:
+        return shipped(dtype, model).spread
+    except KeyError:
+        return UNMEASURED

@@ -1,91 +1,113 @@
-"""Differences -> one judgement. First version: fixed bounds; statistics are plain values, so another may replace it."""
+"""Differences and a null band -> one judgement at a stated false-alarm rate, with every number behind it."""
 
 import math
-from collections.abc import Sequence
-
-import numpy as np
 
 from harness.frozen import Frozen
-from harness.oracle.band import Band
-from harness.oracle.compare import Comparison, StepChange, compare
-from harness.result import Difference, Statistic
+from harness.oracle.band import RUN_RATE, Band
+from harness.oracle.compare import Comparison, StepChange, bin_ends, compare
+from harness.oracle.measure import NO_NUMBER, Rates, measure
+from harness.result import CurvePoint, Difference, Statistic
 from harness.transcript import Transcript
 
 SHOWN = 5  # differences kept for the reader
 SHOWN_TOP = 5  # tokens of each
-#: Stands for "no number" in statistics, which travel as JSON; vLLM's API writes -inf as -9999.
-NO_NUMBER = 9999.0
 
 
 class Judgement(Frozen):
-    """Whether the answers agree, why (one sentence), the numbers, and the steps that differ most, worst first."""
+    """Whether the answers agree, why (one sentence), the numbers, and the steps that differ most, worst first.
+
+    `forced`: the candidate was made to follow the baseline to the end; without that, agreement is agreement up to
+    where they part, which proves less. `beyond`: names of the statistics beyond their bounds. `curve`: KL of decode by
+    position. `band`: one sentence on the band and the rate.
+    """
 
     agree: bool
     reason: str
+    forced: bool = True
+    beyond: tuple[str, ...] = ()
     statistics: tuple[Statistic, ...] = ()
     differences: tuple[Difference, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    band: str = ""
 
 
-def judge(baseline: Transcript, candidate: Transcript, band: Band) -> Judgement:
-    """Compare the candidate with the baseline that it followed. ValueError when the two were not asked the same."""
+def judge(
+    baseline: Transcript, candidate: Transcript, band: Band, *, cells: int = 1, rate: float = RUN_RATE
+) -> Judgement:
+    """Compare the candidate with the baseline that it followed, as one of `cells` cells of a run.
+
+    `rate`: how often such a run, were all its cells right, may raise any alarm. ValueError when the two were not asked
+    the same, or computed in another dtype than the band's.
+    """
     if baseline.workload_key != candidate.workload_key:
         raise ValueError(f"{candidate.cell_id} answered another workload than {baseline.cell_id}")
+    for transcript in (baseline, candidate):
+        if transcript.dtype != band.dtype:
+            raise ValueError(f"the band is for {band.dtype}, {transcript.cell_id} computed in {transcript.dtype}")
     found = compare(baseline, candidate)
-    statistics = measure(found, band)
+    rates = Rates(rate / max(1, cells))
+    statistics = measure(found, band, rates)
     beyond = [item for item in statistics if item.bound is not None and not item.value <= item.bound]
-    shown = tuple(
-        _difference(step, baseline, candidate) for step in sorted(found.steps, key=lambda s: -s.widest)[:SHOWN]
+    curve = _curve(found, band, rates)
+    told = (
+        f"null band {band.name}: {sum(source.steps for source in band.sources if source.used):,} steps; "
+        f"false-alarm rate {rate:g} a run of {cells} cell{'s' if cells != 1 else ''}"
     )
+    common = {
+        "forced": found.forced, "statistics": statistics, "curve": curve, "band": told,
+        "beyond": tuple(item.name for item in beyond),
+    }  # fmt: skip
     if not beyond:
-        count = len(found.steps)
-        largest = max((step.widest for step in found.steps), default=0.0)
-        reason = f"{count} steps agree; largest logprob change {largest:.2g} nat, bound {band.max_change:g}"
-        return Judgement(agree=bool(count), reason=reason if count else "nothing was compared", statistics=statistics)
-    # A missing answer says more than the numbers that it made infinite; then the first statistic in order.
+        return Judgement(agree=bool(found.steps), reason=_agreement(found, statistics), **common)
+    worst = sorted(found.steps, key=lambda step: -step.widest)[:SHOWN]
+    return Judgement(
+        agree=False,
+        reason=_disagreement(found, beyond),
+        differences=tuple(_difference(step, baseline, candidate) for step in worst),
+        **common,
+    )
+
+
+def _agreement(found: Comparison, statistics: tuple[Statistic, ...]) -> str:
+    if not found.steps:
+        return "nothing was compared"
+    largest = max((item for item in statistics if item.name.endswith("largest logprob change")), key=lambda i: i.value)
+    said = f"{len(found.steps)} steps agree; largest logprob change {largest.value:.2g} nat, bound {largest.bound:.2g}"
+    if found.parted:
+        said += f"; tokens were not imposed: {len(found.parted)} prompts were compared up to where they part"
+    return said
+
+
+def _disagreement(found: Comparison, beyond: list[Statistic]) -> str:
+    """A missing answer says more than the numbers that it made infinite; then the first statistic in order."""
     first = beyond[0]
-    reason = f"{first.name} is {first.value:.3g} {first.unit}, bound {first.bound:g}"
+    reason = f"{first.name} is {first.value:.3g} {first.unit}, bound {first.bound:.3g}"
     if first.note:
         reason += f" ({first.note})"
-    of_phase = [step for step in found.steps if (step.step == 0) == first.name.startswith("prefill")]
+    of_phase = [step for step in found.steps if step.prefill == first.name.startswith("prefill")]
     if of_phase and not first.note:
         worst = max(of_phase, key=lambda step: step.widest)
         reason += f"; most at step {worst.step} of prompt {worst.prompt}"
-    return Judgement(agree=False, reason=reason, statistics=statistics, differences=shown)
+    return reason
 
 
-def measure(found: Comparison, band: Band) -> tuple[Statistic, ...]:
-    """All statistics: missing answers, then those of prefill's token (step 0), then those of decode."""
-    note = "; ".join(f"{item.prompt}: {item.reason}" for item in found.missing[:3])
-    missing = Statistic(
-        name="missing answers", value=len(found.missing), bound=0, n=len(found.missing), unit="prompts", note=note
-    )
-    prefill = [step for step in found.steps if step.step == 0]
-    decode = [step for step in found.steps if step.step > 0]
-    return (missing, *_of_phase("prefill", prefill, band), *_of_phase("decode", decode, band))
-
-
-def _of_phase(phase: str, steps: Sequence[StepChange], band: Band) -> list[Statistic]:
-    if not steps:
-        return []
-    count = len(steps)
-    change = np.array([step.change for step in steps])
-    lost = [step for step in steps if not step.same_best and not step.margin <= band.margin]
-    said = "; ".join(f"{step.prompt} step {step.step}, margin {step.margin:.2g}" for step in lost[:3])
-    agreement = float(np.mean([step.same_best for step in steps]))
-    # method="higher" takes a measured value: interpolating next to an infinite one would give NaN.
-    p99 = float(np.percentile(change, 99, method="higher"))
-
-    def of(name: str, value: float, bound: float | None, unit: str, note: str = "") -> Statistic:
-        value = min(value, NO_NUMBER)
-        return Statistic(name=f"{phase}: {name}", value=value, bound=bound, n=count, unit=unit, note=note)
-
-    return [
-        of("largest logprob change", max(step.widest for step in steps), band.max_change, "nat"),
-        of("99th percentile change of the imposed token", p99, band.p99_change, "nat"),
-        of("largest KL of the top tokens", max(step.kl for step in steps), band.max_kl, "nat"),
-        of("best token lost despite its margin", len(lost), 0, "steps", said),
-        of("same best token", agreement, None, "share"),
-    ]
+def _curve(found: Comparison, band: Band, rates: Rates) -> tuple[CurvePoint, ...]:
+    decode = [step for step in found.steps if not step.prefill]
+    if not decode:
+        return ()
+    null = {point.bin: point for point in band.decode.curve}
+    bound = band.decode.distance.bound(rates.largest, len(decode)) ** 2 / 2
+    points = []
+    for bin_ in sorted({step.bin for step in decode}):
+        kls = [min(step.kl, NO_NUMBER) for step in decode if step.bin == bin_]
+        low, end = bin_ends(bin_)
+        points.append(
+            CurvePoint(
+                low=low, high=end - 1, n=len(kls), kl=math.fsum(kls) / len(kls), worst=max(kls),
+                null=null[bin_].kl if bin_ in null else None, band=bound,
+            )
+        )  # fmt: skip
+    return tuple(points)
 
 
 def _difference(step: StepChange, baseline: Transcript, candidate: Transcript) -> Difference:

@@ -4,16 +4,17 @@ import dataclasses
 import math
 
 import pytest
+from made_band import made_band
 
 from harness.cell import Cell, Mode
-from harness.oracle.band import BANDS, Band, band_of
+from harness.oracle.band import shipped
 from harness.oracle.compare import Missing, compare, divergence, widest
 from harness.oracle.judge import judge
 from harness.oracle.proof import check_proof
 from harness.transcript import Answer, Step, Transcript
 from helix_runtime.proof import RankProof
 
-BAND = Band(dtype="float32", max_change=0.01, p99_change=0.005, max_kl=0.001, margin=0.1, source="this test")
+BAND = made_band(change=0.01, distance=0.05)
 
 
 def step(token: int, **top: float) -> Step:
@@ -55,7 +56,7 @@ def test_changes_by_hand():
     assert widest(a, b) == pytest.approx(0.25)
     p, q = (math.exp(-0.5), math.exp(-1.5)), (math.exp(-0.6), math.exp(-1.25))
     rest_p, rest_q = 1 - sum(p), 1 - sum(q)
-    wanted = p[0] * 0.1 + p[1] * -0.25 + rest_p * math.log(rest_p / rest_q)
+    wanted = p[0] * 0.1 + p[1] * -0.25 + rest_p * math.log(rest_p / rest_q)  # the sum by its definition
     assert divergence(a, b) == pytest.approx(wanted)
 
 
@@ -74,12 +75,14 @@ def test_prefill_and_decode_are_judged_apart():
 
 
 def test_a_lost_best_token_counts_only_beyond_the_margin():
-    wide = BAND.model_copy(update={"max_change": 9.0, "p99_change": 9.0, "max_kl": 9.0})
+    # 0.051 nat may change, so two tokens may trade places when they are at most 0.102 nat apart.
+    wide = made_band(change=0.051, distance=9.0)
     near, turned = step(1, t1=-0.70, t2=-0.75), step(1, t1=-0.75, t2=-0.70)
     assert judge(transcript(("p", (near,))), transcript(("p", (turned,))), wide).agree
     clear, turned = step(1, t1=-0.5, t2=-1.5), step(1, t1=-1.5, t2=-0.5)
     found = judge(transcript(("p", (clear,))), transcript(("p", (turned,))), wide)
-    assert not found.agree and "best token lost despite its margin" in found.reason
+    assert "prefill: best token lost despite its margin" in found.beyond
+    assert value(found, "prefill: worst rank of the baseline's best token") == 2
 
 
 @pytest.mark.parametrize(
@@ -146,12 +149,14 @@ def test_nothing_compared_is_no_agreement():
 def test_other_workloads_are_not_compared():
     with pytest.raises(ValueError, match="another workload"):
         judge(transcript(("p", (ONE,))), transcript(("p", (ONE,)), workload="v"), BAND)
+    with pytest.raises(ValueError, match="the band is for bfloat16"):
+        judge(transcript(("p", (ONE,))), transcript(("p", (ONE,))), made_band(dtype="bfloat16"))
 
 
 def test_an_unmeasured_dtype_has_no_band():
-    assert band_of("float32") is BANDS["float32"]
-    with pytest.raises(KeyError, match="measured: float32"):
-        band_of("float8")
+    assert shipped("float32", "recipe:llama-k4").dtype == "float32"
+    with pytest.raises(KeyError, match="shipped: .*float32-made"):
+        shipped("float8", "recipe:llama-k4")
 
 
 CELL = Cell(

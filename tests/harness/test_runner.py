@@ -29,7 +29,7 @@ def planned(cell: Cell, declared: Verdict = Verdict.PASS, **fields) -> PlannedCe
 
 def transcript(cell: Cell, shift: float = 0.0, steps: int = 2) -> Transcript:
     step = Step(token_id=1, logprob=-0.5 - shift, top={1: -0.5 - shift, 2: -1.5})
-    answer = Answer(prompt="p", kind="long", prompt_length=3, batch=0, forced=False, steps=(step,) * steps)
+    answer = Answer(prompt="p", kind="long", prompt_length=3, batch=0, forced=not cell.baseline, steps=(step,) * steps)
     return Transcript(
         cell_id=cell.id, cell_key=cell.key, workload_key="w", dtype="float32", vocab_size=8, top_k=2, answers=(answer,)
     )

@@ -1,0 +1,125 @@
+"""Pairs of standard-TP transcripts -> the null band."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.oracle.band import Band, Curve, PhaseBand, Row, Source, Spread
+from harness.oracle.compare import StepChange, compare
+from harness.oracle.statistics import fit_tail
+from harness.transcript import Transcript
+
+#: A change below this is none: an fp32 logprob around -10 has a resolution of 1e-6.
+FLOOR = 1e-7
+LEAST_STEPS = 100  # decode steps of a null that can stand for itself
+MOSTLY = 0.5
+#: Standard TP that differs from itself by more than this on average says nothing about anything, in nats.
+MOST_KL = 0.1
+
+
+class NullPair(NamedTuple):
+    """Two transcripts of standard TP on the same prompts. `kind`: `tp size`, `batch composition` or `again`."""
+
+    kind: str
+    baseline: Transcript
+    candidate: Transcript
+
+
+def calibrate(pairs: Sequence[NullPair], *, name: str, model: str, spread: Spread, shape: float = 0.0) -> Band:
+    """The band of `pairs`. ValueError, with the reason, where they are too few, identical, or do not agree at all."""
+    sources: list[Source] = []
+    steps: list[StepChange] = []
+    for kind, baseline, candidate in pairs:
+        found = [step for step in compare(baseline, candidate).steps if math.isfinite(step.widest)]
+        # Prefill's token is identical wherever the same kernel ran; decode tells whether anything was reordered.
+        decode = [step for step in found if not step.prefill]
+        identical = float(np.mean([step.widest <= FLOOR for step in decode])) if decode else 1.0
+        used = identical < MOSTLY
+        steps += found if used else []
+        sources.append(
+            Source(
+                kind=kind, baseline=baseline.cell_id, candidate=candidate.cell_id, prompts=len(baseline.answers),
+                steps=len(found), identical=identical, used=used,
+            )
+        )  # fmt: skip
+    decode = [step for step in steps if not step.prefill]
+    if len(decode) < LEAST_STEPS:
+        said = ", ".join(f"{source.kind} {source.identical:.0%} identical" for source in sources) or "no pairs"
+        raise ValueError(f"only {len(decode)} null steps in which anything was reordered ({said})")
+    kl = float(np.mean([step.kl for step in decode]))
+    if kl > MOST_KL:
+        raise ValueError(f"standard TP differs from itself by {kl:.2g} nat on average: nothing can be compared with it")
+    prefill = [step for step in steps if step.prefill]
+    first = pairs[0].baseline
+    return Band(
+        name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=tuple(sources), floor=FLOOR,
+        prefill=_phase(prefill, decode, shape), decode=_phase(decode, decode, shape), spread=spread,
+    )  # fmt: skip
+
+
+def _phase(steps: Sequence[StepChange], decode: Sequence[StepChange], shape: float) -> PhaseBand:
+    """The null of `steps`. Tails come from all of decode: prefill gives one step a prompt, too few for a tail."""
+    scale = _scale(steps, decode)
+    change = fit_tail([step.widest for step in decode], shape)
+    distance = fit_tail([_distance(step) for step in decode], shape)
+    rows = _rows(steps)
+    logs = [math.log(max(step.widest, FLOOR)) for step in steps]
+    return PhaseBand(
+        change=_scaled(change, scale), distance=_scaled(distance, scale), level=float(np.mean(logs)),
+        sd=_within(steps, rows), kl=float(np.mean([step.kl for step in steps])),
+        forced=float(np.mean([step.change for step in steps])),
+        agreement=float(np.mean([step.same_best for step in steps])), n=len(steps), rows=rows, curve=_curve(steps),
+    )  # fmt: skip
+
+
+def _scale(steps: Sequence[StepChange], decode: Sequence[StepChange]) -> float:
+    """How much louder than decode these steps are, at least 1: what is identical by luck must not narrow a band."""
+    if steps is decode:
+        return 1.0
+    mine, theirs = (float(np.median([step.widest for step in some])) for some in (steps, decode))
+    return max(1.0, mine / theirs)
+
+
+def _scaled(tail, scale: float):
+    return tail.model_copy(update={"threshold": tail.threshold * scale, "excess": tail.excess * scale})
+
+
+def _distance(step: StepChange) -> float:
+    return math.sqrt(2 * step.kl)
+
+
+def _by_row(steps: Iterable[StepChange]) -> dict[tuple[str, int], list[float]]:
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for step in steps:
+        found[step.prompt, step.bin].append(math.log(max(step.widest, FLOOR)))
+    return found
+
+
+def _rows(steps: Iterable[StepChange]) -> tuple[Row, ...]:
+    return tuple(
+        Row(prompt=prompt, bin=bin_, mean=float(np.mean(logs)), n=len(logs))
+        for (prompt, bin_), logs in _by_row(steps).items()
+    )
+
+
+def _within(steps: Iterable[StepChange], rows: Sequence[Row]) -> float:
+    """Standard deviation of log changes around the mean of their row."""
+    squares, degrees = 0.0, 0
+    for logs in _by_row(steps).values():
+        squares += float(np.sum((np.array(logs) - np.mean(logs)) ** 2))
+        degrees += len(logs) - 1
+    if not degrees:  # one step a row: around the mean of all
+        return float(np.std([row.mean for row in rows], ddof=1)) if len(rows) > 1 else 0.0
+    return math.sqrt(squares / degrees)
+
+
+def _curve(steps: Sequence[StepChange]) -> tuple[Curve, ...]:
+    found: dict[int, list[float]] = defaultdict(list)
+    for step in steps:
+        found[step.bin].append(step.kl)
+    return tuple(
+        Curve(bin=bin_, kl=float(np.mean(kls)), worst=max(kls), n=len(kls)) for bin_, kls in sorted(found.items())
+    )

@@ -1,0 +1,70 @@
+"""Saved transcripts of runs: found, named and paired."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.transcript import Transcript
+
+
+class Saved(NamedTuple):
+    """A transcript and what its cell id says of it (`hardware/mode/backend/model/tpN…/…`)."""
+
+    path: Path
+    transcript: Transcript
+
+    @property
+    def mode(self) -> str:
+        return self.transcript.cell_id.split("/")[1]
+
+    @property
+    def model(self) -> str:
+        return self.transcript.cell_id.split("/")[3]
+
+    @property
+    def tp(self) -> int:
+        return int(self.transcript.cell_id.split("/")[4].partition("-")[0].removeprefix("tp"))
+
+    @property
+    def fault(self) -> bool:
+        return "fault=" in self.transcript.cell_id
+
+
+def find(folders: Iterable[Path]) -> list[Saved]:
+    """Every transcript below `folders` that has all its answers; of equal ones the first."""
+    found: dict[str, Saved] = {}
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.json")):
+            if path.name != "transcript.json" and "transcripts" not in path.parts:
+                continue
+            transcript = Transcript.load(path)
+            if all(answer.steps for answer in transcript.answers):
+                found.setdefault(transcript.digest(), Saved(path, transcript))
+    return list(found.values())
+
+
+def pairs(saved: Iterable[Saved]) -> Iterator[tuple[Saved, Saved]]:
+    """(baseline, candidate) of every two that can be compared: same model, dtype and prompts, the first standard TP.
+
+    A candidate that was made to follow is paired with the baseline that it followed, and no other.
+    """
+    saved = list(saved)
+    for first in saved:
+        if first.mode != "standard-tp" or first.fault:
+            continue
+        for second in saved:
+            a, b = first.transcript, second.transcript
+            same = (a.workload_key, a.dtype, first.model) == (b.workload_key, b.dtype, second.model)
+            if first is second or not same:
+                continue
+            if not _forced(b) or _follows(b, a):
+                yield first, second
+
+
+def _forced(transcript: Transcript) -> bool:
+    return any(answer.forced for answer in transcript.answers)
+
+
+def _follows(candidate: Transcript, baseline: Transcript) -> bool:
+    tokens = {answer.prompt: [step.token_id for step in answer.steps] for answer in baseline.answers}
+    return all(tokens.get(answer.prompt) == [step.token_id for step in answer.steps] for answer in candidate.answers)

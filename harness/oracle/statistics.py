@@ -1,0 +1,124 @@
+"""The arithmetic of the oracle, on plain arrays: tails, levels, intervals. Nothing here knows a transcript.
+
+Every function is checked against hand-computed values and against scipy (`tests/harness/oracle/test_statistics.py`).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from harness.frozen import Frozen
+
+TAIL_SHARE = 0.1  # of the null's values lie above the tail's threshold
+LEAST_EXCEEDANCES = 5  # fewer say nothing about a tail
+
+
+class Tail(Frozen):
+    """The upper tail of a null: `share` of its `n` values lie above `threshold`, by `excess` on average.
+
+    Beyond the threshold the values are taken as generalised Pareto with `shape` (0: exponential). Measured shapes of
+    rounding noise are negative, which is a lighter tail; 0 is used, which is wider.
+    """
+
+    threshold: float
+    share: float
+    excess: float
+    shape: float
+    n: int
+
+    def point(self, rate: float) -> float:
+        """The value that one null step exceeds with probability `rate`, the tail's own uncertainty included.
+
+        Exceedances that are exponential with a mean estimated from m of them are, for the next one, Lomax with index m
+        (the predictive distribution); that is a generalised Pareto with shape 1/m. So few null steps give a wide band.
+        """
+        if rate >= self.share:
+            return self.threshold
+        shape = max(self.shape, 0.0) + 1.0 / max(1.0, self.share * self.n)
+        return self.threshold + self.excess * math.expm1(shape * math.log(self.share / rate)) / shape
+
+    def bound(self, rate: float, steps: int) -> float:
+        """The value that the largest of `steps` null steps exceeds with probability at most `rate`."""
+        return self.point(rate / max(1, steps))
+
+
+def fit_tail(values: Sequence[float], shape: float = 0.0, share: float = TAIL_SHARE) -> Tail:
+    """The tail of `values` (n of them). With few values a larger share of them is taken.
+
+    ValueError for fewer than `LEAST_EXCEEDANCES` + 1 values, or values that are no numbers.
+    """
+    found = np.sort(np.asarray(values, dtype=float))
+    if len(found) <= LEAST_EXCEEDANCES or not np.isfinite(found).all():
+        raise ValueError(f"a tail needs more than {LEAST_EXCEEDANCES} finite values, got {len(found)}")
+    above = max(LEAST_EXCEEDANCES, round(share * len(found)))
+    threshold = float(found[-above - 1])
+    excess = float(np.mean(found[-above:] - threshold))
+    return Tail(threshold=threshold, share=above / len(found), excess=excess, shape=shape, n=len(found))
+
+
+class Level(NamedTuple):
+    """Mean, standard deviation and number of the logarithms of values: how loud something is."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+def level(values: Sequence[float], floor: float) -> Level:
+    """`Level` of `values`, each taken as at least `floor` (> 0). sd is 0 for a single value."""
+    logs = np.log(np.maximum(np.asarray(values, dtype=float), floor))
+    return Level(float(np.mean(logs)), float(np.std(logs, ddof=1)) if len(logs) > 1 else 0.0, len(logs))
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's interval of the mean of `values`; unbounded for a single one."""
+    n = len(values)
+    mean = float(np.mean(values))
+    if n < 2:
+        return Interval(-math.inf, math.inf)
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean - half, mean + half)
+
+
+def bootstrap_interval(
+    sums: Sequence[float], counts: Sequence[int], confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile interval of `sum(sums) / sum(counts)` when whole groups (prompts) are drawn again.
+
+    Steps of one prompt depend on each other, prompts do not: so prompts are drawn, not steps.
+    """
+    total, number = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    random = np.random.Generator(np.random.PCG64(seed))
+    chosen = random.integers(0, len(total), size=(draws, len(total)))
+    means = total[chosen].sum(axis=1) / number[chosen].sum(axis=1)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float(low), float(high))
+
+
+def exact_interval(hits: int, n: int, confidence: float = 0.95) -> Interval:
+    """Clopper-Pearson interval of a share: `hits` of `n`."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, n - hits + 1))
+    high = 1.0 if hits == n else float(stats.beta.ppf(1 - tail, hits + 1, n - hits))
+    return Interval(low, high)
+
+
+def upper_share(hits: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided exact upper bound of a share: `hits` of `n`."""
+    return 1.0 if hits == n else float(stats.beta.ppf(confidence, hits + 1, n - hits))
+
+
+def level_bound(rate: float, error: float, degrees: float) -> float:
+    """How far a difference of levels with standard error `error` goes by chance, one-sided, at `rate`.
+
+    Student's, because `error` is itself estimated with `degrees` degrees of freedom.
+    """
+    return float(stats.t.isf(rate, degrees) * error)
