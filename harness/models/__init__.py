@@ -6,7 +6,18 @@ A recipe is a frozen value and a builder; `ensure` makes its folder once (config
 from harness.models.circuit import RetrievalRecipe
 from harness.models.circuit_mla import MlaRetrievalRecipe
 from harness.models.deepseek import MlaRecipe
+from harness.models.published import PublishedRecipe
 from harness.models.recipe import RECIPES, Recipe, ensure, shape
 from harness.models.wide import wide
 
-__all__ = ["RECIPES", "MlaRecipe", "MlaRetrievalRecipe", "Recipe", "RetrievalRecipe", "ensure", "shape", "wide"]
+__all__ = [
+    "RECIPES",
+    "MlaRecipe",
+    "MlaRetrievalRecipe",
+    "PublishedRecipe",
+    "Recipe",
+    "RetrievalRecipe",
+    "ensure",
+    "shape",
+    "wide",
+]

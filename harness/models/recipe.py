@@ -80,6 +80,12 @@ class Recipe(Frozen):
     def weights(self) -> Arrays:
         return make_weights(self)
 
+    def save(self, folder: Path) -> None:
+        """Write the weights into `folder`, as Hugging Face and vLLM read them."""
+        from safetensors.numpy import save_file
+
+        save_file(self.weights(), folder / "model.safetensors", metadata={"format": "pt"})
+
 
 #: Every recipe by name. `@recipe` adds one.
 RECIPES: dict[str, Recipe] = {}
@@ -160,12 +166,10 @@ def ensure(name: str) -> Path:
 
 
 def _write(made: Recipe, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
     (folder / "config.json").write_text(json.dumps(made.config(), indent=2))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    save_file(made.weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    made.save(folder)
     write_tokenizer(folder, made.vocab, made.positions)
 
 

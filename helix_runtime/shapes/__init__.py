@@ -11,7 +11,7 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 
 #: `model_type`s whose attention is multi-head latent attention when they name a `kv_lora_rank`.
-_MLA_TYPES = ("deepseek_v2", "deepseek_v3")
+_MLA_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
 #: `model_type`s with grouped-query attention that this module can read; Nemotron's Llama family says `llama`.
 _GQA_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -126,6 +126,13 @@ def load_shape(name_or_path: str | Path) -> ModelShape:
         f"{str(name_or_path)!r} is neither a committed shape nor a folder or file with a config.json; "
         f"known: {', '.join(known_shapes())}"
     )
+
+
+def config_of(name: str) -> dict:
+    """The committed structural fields of a hub model's `config.json`. KeyError for a model without."""
+    if name not in known_shapes():
+        raise KeyError(f"no committed config of {name!r}; there are: {', '.join(known_shapes())}")
+    return json.loads((_FOLDER / f"{name.replace('/', '--')}.json").read_text())
 
 
 def known_shapes() -> tuple[str, ...]:
