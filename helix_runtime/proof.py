@@ -22,6 +22,7 @@ COUNTERS = (
     "empty_shard",  # (request, layer) pairs whose local shard was empty
     "local_tokens",  # KV tokens written to this rank's shard, summed over layers
     "global_tokens",  # tokens that passed this rank's KV update, summed over layers
+    "context_prefill",  # prefill calls that read what was cached before: a prefix hit or a second chunk
 )
 
 

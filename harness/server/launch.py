@@ -75,7 +75,7 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
     if cell.hardware == "cpu":
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         if dict(cell.serve).get("enforce-eager") is True:
-            # vLLM compiles a few helpers (vocabulary masks, ranks of logprobs) even then: 10 s of C++ a rank, each start.
+            # vLLM compiles a few helpers (vocabulary masks, ranks of logprobs) even then: 10 s of C++ a rank.
             env["TORCHDYNAMO_DISABLE"] = "1"
     else:
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiles for minutes at first use; we decode greedily

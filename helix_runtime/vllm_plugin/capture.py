@@ -37,8 +37,11 @@ class Capture:
         self.first: Deviation | None = None
 
     def check(self, context, site: Site, query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale,
-              merged) -> None:  # fmt: skip
-        """Compare merged [T, owned, Dv] with fp64 attention of query [T, H, D] over all shards. Collective."""
+              merged, expand=None) -> None:  # fmt: skip
+        """Compare merged [T, owned, Dv] with fp64 attention of query [T, H, D] over all shards. Collective.
+
+        `expand`: whole keys and values of the shards -> those of the owned heads; `query` then holds these heads only.
+        """
         parts = self._gather(context, key_cache, value_cache, block_table, seq_lens)
         owned = merged.shape[1]
         mine = slice(context.kvp_rank * owned, (context.kvp_rank + 1) * owned)
@@ -48,7 +51,10 @@ class Capture:
             if start == end:
                 continue
             keys, values = _whole(parts, request, length)
-            right = _dense(query[start:end], keys, values, length, scale)[:, mine]
+            if expand:
+                right = _dense(query[start:end], *expand(keys, values), length, scale)
+            else:
+                right = _dense(query[start:end], keys, values, length, scale)[:, mine]
             error = (merged[start:end].double() - right).abs() / right.abs().max().clamp(min=1e-30)
             error = torch.nan_to_num(error, nan=float("inf")).amax(dim=2)
             at = int(error.argmax())

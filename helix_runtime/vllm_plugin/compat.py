@@ -88,6 +88,12 @@ SURFACE: tuple[Surface, ...] = (
         platform="cpu",
     ),
     Surface(
+        "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
+        ("vllm_config",),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.__init__",
         (
             "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window",
@@ -115,6 +121,27 @@ SURFACE: tuple[Surface, ...] = (
     Surface(
         "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.forward_mqa",
         ("self", "q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.forward_mha",
+        (
+            "self", "q", "kv_c_normed", "k_pe", "kv_c_and_k_pe_cache", "attn_metadata", "k_scale", "output",
+            "output_scale",
+        ),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm._custom_ops:cp_gather_cache",
+        ("src_cache", "dst", "block_table", "cu_seq_lens", "batch_size", "seq_starts"),
+        "CPU MLA",
+        platform="cpu",
+    ),
+    Surface(
+        "vllm._custom_ops:gather_mla_context_cache_cpu",
+        ("src_cache", "dst", "block_table", "starts", "cu_seq_lens"),
         "CPU MLA",
         platform="cpu",
     ),

@@ -126,6 +126,7 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
         phase = "decode" if site.decode else "prefill"
         context.proof.count(f"{phase}_attention")
         context.proof.count(f"{phase}_combine")
+        context.proof.count("context_prefill", int(metadata.reads_context))
         context.proof.count("empty_shard", metadata.empty_shards)
         return output
 

@@ -12,7 +12,7 @@ import copy
 
 from helix_runtime.capabilities import plugin_refusal_on_cuda
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
-from helix_runtime.vllm_plugin import share_gpu
+from helix_runtime.vllm_plugin import cpu_platform, share_gpu
 from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
 from helix_runtime.vllm_plugin.faults import make_fault
@@ -96,6 +96,12 @@ def _admit_on_cpu(config, options: HelixOptions) -> None:
         raise HelixRefusal(
             f"--attention-backend {backend.name} does not exist on CPU; leave it out (HELIX_CPU or HELIX_CPU_MLA run)"
         )
+    if config.model_config.use_mla:
+        block_size = _block_size(config)
+        if block_size % cpu_platform.MLA_BLOCK:
+            raise HelixRefusal(
+                f"--block-size {block_size}: HELIX_CPU_MLA needs a multiple of {cpu_platform.MLA_BLOCK} tokens"
+            )
 
 
 def _admit_on_cuda(config, options: HelixOptions) -> None:
@@ -130,13 +136,16 @@ def layout_of(config, options: HelixOptions) -> Layout:
 
 
 def _block_size(config) -> int | None:
-    """Tokens a block: the user's, or what vLLM's CPU platform will choose; None where only the backend decides."""
+    """Tokens a block: the user's, or what vLLM's CPU platform will choose; None where only the backend decides.
+
+    For MLA the platform would overrule the user; `cpu_platform.py` puts the user's choice back.
+    """
     from vllm.platforms import current_platform
 
     if config.cache_config.user_specified_block_size:
         return config.cache_config.block_size
     if current_platform.is_cpu():
-        return 16 if config.model_config.use_mla else 128
+        return cpu_platform.MLA_BLOCK if config.model_config.use_mla else 128
     return None
 
 

@@ -162,3 +162,47 @@ def test_a_door_that_moved_leaves_vllm_as_it_is(caplog):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "alive"
     assert "Helix is not available on this vLLM" in done.stdout + done.stderr
+
+
+MLA = {"tensor_parallel_size": 4, "decode_context_parallel_size": 4}
+
+
+@pytest.fixture
+def mla_config(engine_config):
+    """`mla_config(block_size=64, …)` -> the verified VllmConfig of a small DeepSeek-V2."""
+    from harness.models.recipe import find
+
+    def make(helix=HELIX, **arguments):
+        return engine_config(helix=helix, model=find("deepseek-v2").config(), **{**MLA, **arguments})
+
+    return make
+
+
+def test_helix_mla_on_cpu_keeps_what_the_user_asked_for(mla_config):
+    config = mla_config(block_size=64, cp_kv_cache_interleave_size=64, max_num_batched_tokens=128)
+    assert config.cache_config.block_size == 64
+    assert config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_batched_tokens == 128
+
+
+def test_prefix_caching_that_was_switched_off_stays_off(mla_config):
+    assert not mla_config(block_size=16, enable_prefix_caching=False).cache_config.enable_prefix_caching
+
+
+def test_without_the_plugins_backend_vllms_limits_stay(mla_config):
+    config = mla_config(helix=None, block_size=64, decode_context_parallel_size=1, max_num_batched_tokens=128)
+    assert config.cache_config.block_size == 16
+    assert not config.cache_config.enable_prefix_caching and not config.scheduler_config.enable_chunked_prefill
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"block_size": 24}, "multiple of 16"),
+        ({"block_size": 16, "cp_kv_cache_interleave_size": 64}, "64 does not divide the block size 16"),
+        ({"block_size": None, "cp_kv_cache_interleave_size": 64}, "64 does not divide the block size 16"),
+    ],
+)
+def test_blocks_that_cpu_mla_cannot_read_are_refused(mla_config, arguments, sentence):
+    with pytest.raises(HelixRefusal, match=sentence):
+        mla_config(**arguments)

@@ -24,6 +24,12 @@ print(json.dumps({"patched": patched, "hash": config.compute_hash(), "additional
 """
 
 
+def on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
 def observe(folder: str, plugins: str | None) -> dict:
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_PLUGINS", None)
@@ -43,6 +49,7 @@ def test_plugin_that_is_not_asked_for_changes_nothing_but_its_doors(model_folder
         "vllm.engine.arg_utils:EngineArgs.add_cli_args",
         "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        *(["vllm.platforms.cpu:CpuPlatform.check_and_update_config"] if on_cpu() else []),
         "vllm.v1.worker.worker_base:WorkerBase.__init__",
     ]
     assert ours["hash"] == stock["hash"]
