@@ -35,6 +35,8 @@ def declare(cell: Cell, refusal: str | None = None) -> Declaration:
     """The verdict declared for `cell`. `expect` in the suite wins over the rules."""
     if cell.expect is not None:
         return Declaration(cell.expect, cell.why or "as the suite says", refusal)
+    if cell.fault is not None:
+        return Declaration(Verdict.FAIL, f"{cell.fault} is a deliberate defect: the oracle must catch it", refusal)
     options = dict(cell.serve)
     block_size = options.get("block-size")
     found = judge(

@@ -103,8 +103,8 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
     """The product of a group's axes, in the order in which the file writes them."""
     for hardware in group.hardware:
         serve = {**suite.defaults.get(hardware, {}), **group.serve}
-        axes = (group.backend, group.model, group.layout, group.interleave, group.comm)
-        for backend, model, layout, interleave, comm in product(*axes):
+        axes = (group.backend, group.model, group.layout, group.interleave, group.comm, group.fault)
+        for backend, model, layout, interleave, comm, fault in product(*axes):
             for options, helix in product(_crossed(serve, _flag), _crossed(group.helix, _entry)):
                 yield Cell(
                     mode=group.mode,
@@ -118,6 +118,7 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
                     serve=options,
                     helix=helix,
                     workload=group.workload,
+                    fault=fault,
                     expect=group.expect,
                     why=group.why,
                 )

@@ -108,6 +108,9 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
     if unproven := check_proof(item.cell, attempt.proofs):
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
+    if item.cell.fault:
+        said = "NOT CAUGHT" if item.declared is Verdict.FAIL else "not caught, as declared"
+        return Observation(Verdict.PASS, f"the defect {item.cell.fault} was {said}: {judgement.reason}", judgement)
     verdict = Verdict.XPASS if item.declared is Verdict.XFAIL else Verdict.PASS
     return Observation(verdict, judgement.reason, judgement)
 

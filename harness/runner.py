@@ -177,9 +177,12 @@ class _Run:
         return f"its baseline {baseline.id} gave no reference: {failed.reason if failed else 'it did not finish'}"
 
     def _localise(self, item: PlannedCell, seen: Observation) -> str:
-        """For answers that differ: one more run with capture on, told as a sentence. Never changes the verdict."""
+        """For answers that differ: one more run with capture on, told as a sentence. Never changes the verdict.
+
+        Not for a deliberate defect that was to differ: where it sits is known.
+        """
         wrong = seen.verdict is Verdict.FAIL and seen.judgement is not None and not seen.judgement.agree
-        if not (self.localise and wrong and can_localise(item.cell)):
+        if not (self.localise and wrong and can_localise(item.cell)) or item.declared is Verdict.FAIL:
             return ""
         self.progress(f"localise  {item.cell.id}")
         folder = self.run_dir / "cells" / folder_name(item.cell) / "capture"

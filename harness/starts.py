@@ -117,13 +117,10 @@ def groups() -> Iterator[tuple[Group, list[Cell]]]:
     yield k4, [
         k4.cell(gqa, 4, 2, 16, "a2a"), k4.cell(tp, 1), k4.cell(tp, 2), k4.cell(tp, 4), k4.cell(gqa, 4, 2, 1, "a2a"),
         k4.cell(gqa, 4, 2, 1, "ag_rs"), k4.cell(gqa, 4, 2, 32, "a2a"), k4.cell(gqa, 4, 2, 16, "ag_rs"),
-        k4.cell(gqa, 4, 4, 16, "a2a"), k4.cell(tp, 4, seats=4), k4.cell(tp, 8), k4.cell(gqa, 8, 4, 16, "a2a"),
+        k4.cell(gqa, 4, 4, 16, "a2a"), k4.cell(tp, 4, seats=4), k4.cell(tp, 8),
     ]  # fmt: skip
     v2 = Group(model="recipe:deepseek-v2", block=16)
-    yield v2, [
-        v2.cell(mla, 4, 4, 16, "a2a"), v2.cell(tp, 1), v2.cell(dcp, 4, 2, 16, "a2a"), v2.cell(mla, 4, 4, 1, "ag_rs"),
-        v2.cell(tp, 2),
-    ]  # fmt: skip
+    yield v2, [v2.cell(mla, 4, 4, 16, "a2a"), v2.cell(tp, 1), v2.cell(tp, 2)]
     k4b = Group(model="recipe:llama-k4-seed1", tp=2)
     yield k4b, [
         k4b.cell(gqa, 2, 2, 16, "a2a"), k4b.cell(tp, 1), k4b.cell(gqa, 2, 2, 1, "ag_rs"),
@@ -138,15 +135,18 @@ def groups() -> Iterator[tuple[Group, list[Cell]]]:
     k1 = Group(model="recipe:llama-k1-seed1", tp=2)
     yield k1, [
         k1.cell(dcp, 2, 2, 1, "ag_rs"), k1.cell(dcp, 2, 2, 16, "a2a"), k1.cell(tp, 1), k1.cell(dcp, 2, 2, 16, "ag_rs"),
+        k1.cell(dcp, 2, 2, 1, "a2a"),
     ]  # fmt: skip
     qwen = Group(model="recipe:qwen3-k4", tp=2)
     yield qwen, [qwen.cell(gqa, 2, 2, 16, "a2a"), qwen.cell(tp, 1), qwen.cell(gqa, 2, 2, 1, "ag_rs")]
-    k2 = Group(model="recipe:llama-k2")
-    yield k2, [
-        k2.cell(dcp, 4, 2, 1, "ag_rs"), k2.cell(dcp, 4, 2, 1, "a2a"), k2.cell(tp, 1), k2.cell(gqa, 4, 2, 16, "a2a"),
-    ]  # fmt: skip
     finds = Group(model="recipe:llama-retrieve-k4", tp=2)
     yield finds, [finds.cell(gqa, 2, 2, 16, "a2a"), finds.cell(tp, 1)]
+    v2c = Group(model="recipe:deepseek-v2-seed2", block=16, tp=2)
+    yield v2c, [v2c.cell(mla, 2, 2, 16, "ag_rs"), v2c.cell(mla, 2, 2, 1, "a2a"), v2c.cell(tp, 1)]
+    k4c = Group(model="recipe:llama-k4-seed2", tp=2)
+    yield k4c, [k4c.cell(gqa, 2, 2, 32, "a2a"), k4c.cell(gqa, 2, 2, 16, "a2a"), k4c.cell(tp, 1)]
+    k2 = Group(model="recipe:llama-k2")
+    yield k2, [k2.cell(dcp, 4, 2, 1, "ag_rs"), k2.cell(dcp, 4, 2, 16, "a2a"), k2.cell(tp, 1)]
 
 
 def starts() -> list[tuple[Group, Start]]:

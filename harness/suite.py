@@ -109,6 +109,7 @@ class Group(Strict):
     serve: Options = Field(default_factory=dict)
     helix: Options = Field(default_factory=dict)
     workload: Literal["smoke", "standard"] = "standard"
+    fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?)?$")] | None] = (None,)
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None
     refusal: Sentence | None = Field(default=None, description="text that the refusal must contain")
@@ -119,6 +120,10 @@ class Group(Strict):
             raise ValueError(f"'expect: {self.expect}' needs a 'why'")
         if self.refusal and self.expect not in (None, Verdict.REJECTED):
             raise ValueError(f"'refusal' goes with 'expect: rejected', not with '{self.expect}'")
+        if any(self.fault) and self.mode is Mode.STANDARD_TP:
+            raise ValueError(f"'fault' goes with a context-parallel mode, not with '{self.mode}'")
+        if any(self.fault) and self.expect is Verdict.PASS and not self.why:
+            raise ValueError("a fault that cannot be caught ('expect: pass') needs a 'why'")
         if self.helix and not self.mode.helix:
             raise ValueError(f"'helix' options go with a helix mode, not with '{self.mode}'")
         return self
@@ -132,6 +137,7 @@ class Suite(Strict):
     schema_version: Literal[1] = Field(alias="schema")
     name: Name
     description: Sentence
+    nightly: bool = Field(default=False, description="long: left out of --all, run by its name only")
     defaults: dict[Family, Options] = Field(default_factory=dict)
     groups: Annotated[tuple[Group, ...], BeforeValidator(_plain_list), Field(min_length=1)]
 
@@ -165,13 +171,13 @@ def available(folder: Path = FOLDER) -> dict[str, Path]:
 
 
 def load_all(names: Iterable[str] = (), folder: Path = FOLDER) -> list[Suite]:
-    """The named suites, or all of `folder`. A name may be a path to a `.yaml` file.
+    """The named suites, or all of `folder` that are not nightly. A name may be a path to a `.yaml` file.
 
     Raises SuiteError for an unknown name, with the names that exist; problems of several files are gathered.
     """
-    known = available(folder)
+    known, named = available(folder), list(dict.fromkeys(names))
     suites, problems = [], []
-    for name in dict.fromkeys(names) or known:
+    for name in named or known:
         path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
         if path is None:
             near = difflib.get_close_matches(name, known, n=1)
@@ -184,7 +190,7 @@ def load_all(names: Iterable[str] = (), folder: Path = FOLDER) -> list[Suite]:
             problems += error.problems
     if problems:
         raise SuiteError(problems)
-    return suites
+    return suites if named else [suite for suite in suites if not suite.nightly]
 
 
 def json_schema() -> dict[str, Any]:

@@ -53,15 +53,21 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.STALE: Meaning(Effect.NEUTRAL, "∅", "recorded for other code or versions; run again"),
 }
 
-#: Verdicts that a suite or a rule may declare for a cell.
+#: How a deliberate defect may be caught: its answers differ, or nothing proves the path that it left.
+CAUGHT = (Verdict.FAIL, Verdict.UNPROVEN)
+
+#: Verdicts that a suite or a rule may declare for a cell; `fail` is declared for deliberate defects only.
 DECLARABLE = (Verdict.PASS, Verdict.XFAIL, Verdict.REJECTED, Verdict.SKIP)
 
 
 def effect_of(declared: Verdict, observed: Verdict) -> Effect:
     """The part of one cell in the exit status.
 
-    A refusal that nobody declared differs, although `rejected` is fine where it was declared.
+    A refusal that nobody declared differs, although `rejected` is fine where it was declared. `fail` is declared for
+    deliberate defects only: they are as declared when the oracle catches them, by the answers or by the proof of path.
     """
+    if declared is Verdict.FAIL and observed in (*CAUGHT, Verdict.PASS):
+        return Effect.DIFFERS if observed is Verdict.PASS else Effect.OK
     if observed is Verdict.REJECTED and declared is not Verdict.REJECTED:
         return Effect.DIFFERS
     return TABLE[observed].effect

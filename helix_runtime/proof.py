@@ -23,6 +23,10 @@ COUNTERS = (
     "local_tokens",  # KV tokens written to this rank's shard, summed over layers
     "global_tokens",  # tokens that passed this rank's KV update, summed over layers
     "context_prefill",  # prefill calls that read what was cached before: a prefix hit or a second chunk
+    "all_to_all",  # All-to-Alls really called for a combine (CPU)
+    "all_gather",  # AllGathers of LSEs really called for a combine (CPU)
+    "reduce_scatter",  # ReduceScatters really called for a combine (CPU)
+    "exchange_members",  # members of the groups of these three, summed over calls
 )
 
 

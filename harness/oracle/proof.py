@@ -36,7 +36,30 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof]) -> str | None:
         for counter in counters:
             if proof.counters.get(counter, 0) <= 0:
                 return f"rank {proof.rank}: {counter} is 0: the path never ran during decode"
+        if cell.hardware == "cpu" and cell.kvp > 1 and (other := _exchanges(proof, combine)):
+            return f"rank {proof.rank}: {other}"
     return _ownership(proofs)
+
+
+#: The collectives of each combine, by the name of their counter.
+EXCHANGES = {"a2a": ("all_to_all",), "ag_rs": ("all_gather", "reduce_scatter")}
+
+
+def _exchanges(proof: RankProof, combine: str) -> str | None:
+    """None when the collectives that were really called are those of the claimed combine, one of each a combine."""
+    counts = proof.counters
+    combines = counts.get("decode_combine", 0) + counts.get("prefill_combine", 0)
+    wanted = {name: combines for name in EXCHANGES[combine]}
+    for name in (name for names in EXCHANGES.values() for name in names):
+        if counts.get(name, 0) != wanted.get(name, 0):
+            return (
+                f"{counts.get(name, 0)} {name} exchanges ran where {combine} makes {wanted.get(name, 0)}: "
+                f"another combine answered, or none"
+            )
+    calls, members = combines * len(wanted), counts.get("exchange_members", 0)
+    if members != calls * proof.kvp:
+        return f"{calls} exchanges ran among {members} members in all, not among {proof.kvp} each"
+    return None
 
 
 def wanted_combine(cell: Cell) -> str:

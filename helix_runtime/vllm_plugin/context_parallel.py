@@ -9,7 +9,7 @@ import torch
 from helix_runtime.layout import Layout
 from helix_runtime.proof import ProofWriter
 from helix_runtime.vllm_plugin.capture import Capture
-from helix_runtime.vllm_plugin.faults import NOTHING_ARMED, ArmedFault, Fault, Site
+from helix_runtime.vllm_plugin.faults import NOTHING_ARMED, ArmedFault, Fault, Reading, Site
 
 
 @dataclass
@@ -52,12 +52,33 @@ class ContextParallel:
         """What strikes the attention call that is running; harmless outside of one."""
         return self.armed.at(self.site) if self.site else NOTHING_ARMED.fault
 
-    def enter(self, layer_name: str, requests: int, decode: bool, reads_context: bool) -> Site:
-        """Say which attention call runs now."""
-        layer = int(_LAYER.search(layer_name).group(1))
-        first = self.layout.query_heads_computed(self.rank).start
-        self.site = Site(layer, self.kvp_rank, requests, decode, reads_context, first)
+    def enter(
+        self,
+        layer_name: str,
+        requests: int,
+        decode: bool,
+        reads_context: bool,
+        seq_lens: torch.Tensor | None = None,
+        query_start_loc: torch.Tensor | None = None,
+    ) -> Site:
+        """Say which attention call runs now; a name without a layer's number stands for all layers. See `Site`."""
+        found = _LAYER.search(layer_name)
+        self.site = Site(
+            layer=int(found.group(1)) if found else -1,
+            kvp_rank=self.kvp_rank,
+            requests=requests,
+            decode=decode,
+            reads_context=reads_context,
+            first_head=self.layout.query_heads_computed(self.rank).start,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+        )
         return self.site
+
+    def reads(self, shard: dict) -> dict:
+        """The inputs of attention, as a fault leaves them."""
+        right = Reading(shard["query"], shard["block_table"], shard["scale"])
+        return {**shard, **self.fault.reads(right, self.site)._asdict()}
 
     @property
     def helix(self) -> bool:

@@ -98,7 +98,14 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
         if attn_metadata is None:  # warming up
             return output.zero_()
         context, tokens, metadata = current(), attn_metadata.num_actual_tokens, attn_metadata
-        site = context.enter(layer.layer_name, len(metadata.seq_lens), metadata.decode_only, metadata.reads_context)
+        site = context.enter(
+            layer.layer_name,
+            len(metadata.seq_lens),
+            metadata.decode_only,
+            metadata.reads_context,
+            metadata.seq_lens,
+            metadata.query_start_loc,
+        )
         query = query[:tokens]
         if not context.helix:
             query = _gather_queries(query)
@@ -112,7 +119,7 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
             "scale": self.scale,
         }
         partial_output, partial_lse = paged_partial_attention(
-            **shard,
+            **context.reads(shard),
             local_seq_lens=context.fault.local_lengths(metadata.local_seq_lens, site),
             kvp=context.kvp,
             kvp_rank=context.kvp_rank,

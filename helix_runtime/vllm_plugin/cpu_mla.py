@@ -91,20 +91,23 @@ class HelixCPUMLAImpl(CPUMLAImpl):
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         """q [B, H, 576] of the whole group -> (output [B, H, 512], natural LSE [B, H]) over this rank's shard."""
         context, decode = current(), attn_metadata.decode
-        site = context.enter(layer.layer_name, len(decode.seq_lens), decode=True, reads_context=False)
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+        each = torch.arange(query.shape[0] + 1)  # one new token a request
+        site = context.enter(
+            layer.layer_name, len(decode.seq_lens), True, False, decode.dcp_tot_seq_lens, query_start_loc=each
+        )
         latents = kv_c_and_k_pe_cache.unsqueeze(1)
         shard = {
             "query": query,
             "key_cache": latents,
             "value_cache": latents[..., : self.kv_lora_rank],
             "block_table": decode.block_table,
-            "query_start_loc": torch.arange(query.shape[0] + 1),
+            "query_start_loc": each,
             "seq_lens": decode.dcp_tot_seq_lens,
             "scale": self.scale,
         }
         output, lse = paged_partial_attention(
-            **shard,
+            **context.reads(shard),
             local_seq_lens=context.fault.local_lengths(decode.seq_lens, site),
             kvp=context.kvp,
             kvp_rank=context.kvp_rank,

@@ -1,16 +1,19 @@
 """Deliberate defects, switchable in a worker by name: `additional_config={"helix": {"fault": "NAME[:WHEN]"}}`.
 
 They exist to test the oracle: a comparison that cannot tell these from a right answer proves nothing. A fault is armed
-after the start-up self-test, which would refuse most of them. WHEN restricts a fault to some calls or one head:
-`drop-shard:layer=1`, `stale-lse:batch`, `lse-base-2:prefix`, `drop-shard:head=3`; see `CONDITIONS`.
+after the start-up self-test, which would refuse most of them. WHEN restricts a fault to some calls, rows or heads:
+`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:token=100`; see `make_fault`. The defects themselves are in
+`fault_merge.py` (what is sent and merged) and `fault_cache.py` (what is read, written, or never ran).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from helix_runtime.combine.collectives import Collectives
+from helix_runtime.combine.merge import merge_partials
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
 
@@ -20,7 +23,8 @@ class Site:
 
     requests: batch rows. decode: every row has one new token. reads_context: some row with several new tokens also
     has tokens before them (a prefix hit or a second chunk). first_head: index, in the model, of the first query head
-    that is computed here.
+    that is computed here. seq_lens [R]: global lengths, new tokens included; query_start_loc [R + 1]: rows of each
+    request; both None where no one says. layer is -1 where a batch's cache slots are chosen, once for all layers.
     """
 
     layer: int
@@ -29,12 +33,57 @@ class Site:
     decode: bool
     reads_context: bool
     first_head: int
+    seq_lens: torch.Tensor | None = None
+    query_start_loc: torch.Tensor | None = None
+
+    def positions(self) -> torch.Tensor:
+        """Position, in its own sequence, of every new token: [T]."""
+        starts, ends = self.query_start_loc[:-1].tolist(), self.query_start_loc[1:].tolist()
+        lengths = self.seq_lens.tolist()
+        rows = [
+            torch.arange(length - (end - start), length)
+            for start, end, length in zip(starts, ends, lengths, strict=True)
+        ]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+
+
+class Reading(NamedTuple):
+    """What attention reads of a shard: query [T, H, D], block_table [R, blocks], scale of the scores."""
+
+    query: torch.Tensor
+    block_table: torch.Tensor
+    scale: float
+
+
+class Writing(NamedTuple):
+    """Which slots a batch's new tokens are written to: slots [T] (-1: not here) at `positions` [T].
+
+    slot_of: positions [T], as if the tokens stood there -> slots [T] of this rank.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    block_size: int
+    interleave: int
+    kvp: int
+    slot_of: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Fault:
     """The points at which a defect can enter one layer's attention. This base class changes nothing."""
 
     lse_base = "e"
+
+    def weights(self, model: torch.nn.Module, rank: int) -> None:
+        """The model of this rank, loaded, before it is used."""
+
+    def slots(self, writing: Writing, site: Site) -> torch.Tensor:
+        """Slots [T] that the batch's keys and values are written to, on this rank."""
+        return writing.slots
+
+    def reads(self, reading: Reading, site: Site) -> Reading:
+        """What attention reads."""
+        return reading
 
     def local_lengths(self, lengths: torch.Tensor, site: Site) -> torch.Tensor:
         """Local lengths [R] of the batch before attention reads the shard."""
@@ -44,15 +93,27 @@ class Fault:
         """This rank's partial, [B, H, D] and [B, H], before it is sent."""
         return output, lse
 
+    def replaces(self, output: torch.Tensor, lse: torch.Tensor, site: Site, group) -> torch.Tensor | None:
+        """The merged output [B, H / KVP, D], where something else than the combine makes it; else None."""
+        return None
+
     def collectives(self, collectives: Collectives) -> Collectives:
         """The collectives that the combine will use."""
         return collectives
+
+    def merge(self, outputs: torch.Tensor, lses: torch.Tensor, base: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the All-to-All combine does with all members' partials [N, B, h, D] and [N, B, h] of its own heads."""
+        return merge_partials(outputs, lses, base)
+
+    def merged(self, output: torch.Tensor, site: Site) -> torch.Tensor:
+        """The merged output [B, H / KVP, D] of the heads that this rank owns."""
+        return output
 
 
 NO_FAULT = Fault()
 FAULTS: dict[str, type[Fault]] = {}
 
-#: WHEN -> does the fault strike at this site? `layer=N` and `head=N` are parsed apart.
+#: WHEN -> does the fault strike at this site? `layer=N` and the selective ones (`SELECTIVE`) are parsed apart.
 CONDITIONS: dict[str, Callable[[Site], bool]] = {
     "batch": lambda site: site.requests > 1,
     "single": lambda site: site.requests == 1,
@@ -70,63 +131,11 @@ def fault(name: str):
     return register
 
 
-@fault("swap-chunks")
-class SwapChunks(Fault):
-    """The first two ranks of each group get each other's heads (as TensorRT-LLM#10350: wrong rank order)."""
-
-    def collectives(self, collectives):
-        def swapped(exchange):
-            def call(output, input, *, group):
-                order = [1, 0, *range(2, input.shape[0])]
-                return exchange(output, input[order].contiguous(), group=group)
-
-            return call
-
-        return collectives._replace(
-            all_to_all=swapped(collectives.all_to_all), reduce_scatter=swapped(collectives.reduce_scatter)
-        )
-
-
-@fault("lse-base-2")
-class LseBase2(Fault):
-    """Natural LSEs are merged as base 2 (as sglang#40903 and vllm#52796, the other way round)."""
-
-    lse_base = "2"
-
-
-@fault("drop-shard")
-class DropShard(Fault):
-    """The second shard of each group never arrives."""
-
-    def partial(self, output, lse, site):
-        return (output, torch.full_like(lse, float("-inf"))) if site.kvp_rank == 1 else (output, lse)
-
-
-@fault("local-length-off-by-one")
-class LocalLengthOffByOne(Fault):
-    """The first shard of each group misses its newest token (as vLLM 0.15-0.29's wrong local lengths)."""
-
-    def local_lengths(self, lengths, site):
-        return (lengths - 1).clamp(min=0) if site.kvp_rank == 0 else lengths
-
-
-@fault("stale-lse")
-class StaleLse(Fault):
-    """The LSE of the call before is sent where its shape fits (as vllm#36070: a buffer that nobody refreshed)."""
-
-    def __init__(self):
-        self.before: torch.Tensor | None = None
-
-    def partial(self, output, lse, site):
-        stale, self.before = self.before, lse.clone()
-        return output, stale if stale is not None and stale.shape == lse.shape else lse
-
-
 class ArmedFault:
     """A fault and the sites at which it strikes."""
 
-    def __init__(self, fault: Fault, strikes: Callable[[Site], bool], head: int | None = None):
-        self.fault = _OneHead(fault, head) if head is not None else fault
+    def __init__(self, fault: Fault, strikes: Callable[[Site], bool]):
+        self.fault = fault
         self.strikes = strikes
 
     def at(self, site: Site) -> Fault:
@@ -149,27 +158,65 @@ class _OneHead(Fault):
         return output, lse
 
 
+class _SomeTokens(Fault):
+    """Another fault's partial and local lengths, for the tokens at some positions only."""
+
+    def __init__(self, whole: Fault, struck: Callable[[torch.Tensor], torch.Tensor]):
+        self.whole, self.struck = whole, struck
+
+    def partial(self, output, lse, site):
+        if site.seq_lens is None:
+            return output, lse
+        struck = self.struck(site.positions())
+        wrong_output, wrong_lse = self.whole.partial(output, lse, site)
+        return torch.where(struck[:, None, None], wrong_output, output), torch.where(struck[:, None], wrong_lse, lse)
+
+    def local_lengths(self, lengths, site):
+        if site.seq_lens is None:
+            return lengths
+        return torch.where(self.struck(site.seq_lens - 1), self.whole.local_lengths(lengths, site), lengths)
+
+
+#: WHEN=N for faults of the partial (and, where tokens are chosen, of local lengths): N -> the fault so restricted.
+SELECTIVE: dict[str, Callable[[Fault, int], Fault]] = {
+    "head": _OneHead,
+    "token": lambda whole, every: _SomeTokens(whole, lambda positions: positions % every == every - 1),
+    "beyond": lambda whole, length: _SomeTokens(whole, lambda positions: positions >= length),
+}
+
 NOTHING_ARMED = ArmedFault(NO_FAULT, lambda site: False)
 
 
 def make_fault(spec: str | None) -> ArmedFault:
-    """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones."""
+    """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
+
+    WHEN is one of CONDITIONS, `layer=N`, or for some faults `head=N` (query head N of the model), `token=N` (tokens at
+    every Nth position) or `beyond=N` (tokens with at least N before them).
+    """
+    from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401  (they register themselves)
+
     if spec is None:
         return NOTHING_ARMED
     name, _, when = spec.partition(":")
     if name not in FAULTS:
         raise HelixRefusal(f"no fault is called {name!r}; there are: {', '.join(sorted(FAULTS))}")
+    kind = FAULTS[name]
     key, _, number = when.partition("=")
     if not when:
-        return ArmedFault(FAULTS[name](), lambda site: True)
+        return ArmedFault(kind(), lambda site: True)
     if when in CONDITIONS:
-        return ArmedFault(FAULTS[name](), CONDITIONS[when])
+        return ArmedFault(kind(), CONDITIONS[when])
     if key == "layer" and number.isdigit():
-        return ArmedFault(FAULTS[name](), lambda site: site.layer == int(number))
-    if key == "head" and number.isdigit() and FAULTS[name].partial is not Fault.partial:
-        return ArmedFault(FAULTS[name](), lambda site: True, head=int(number))
-    heads = ", ".join(sorted(known for known, cls in FAULTS.items() if cls.partial is not Fault.partial))
+        return ArmedFault(kind(), lambda site: site.layer == int(number))
+    if key in SELECTIVE and number.isdigit() and int(number) >= (key != "head") and _selectable(kind, key):
+        return ArmedFault(SELECTIVE[key](kind(), int(number)), lambda site: True)
+    by_head = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "head")))
+    by_token = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "token")))
     raise HelixRefusal(
-        f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N, "
-        f"and head=N for {heads}"
+        f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N; "
+        f"head=N for {by_head}; token=N and beyond=N for {by_token}"
     )
+
+
+def _selectable(kind: type[Fault], key: str) -> bool:
+    return kind.partial is not Fault.partial or (key != "head" and kind.local_lengths is not Fault.local_lengths)

@@ -99,6 +99,7 @@ def _load_model(original, options: HelixOptions, layout):
         original(self, *args, **kwargs)
         self_test(context, self.device)
         context.armed = make_fault(options.fault)
+        context.armed.fault.weights(self.model_runner.model, self.rank)
         if options.capture and options.proof_dir:
             context.capture = Capture(options.proof_dir, self.rank, group_gather(), self.vllm_config.model_config.dtype)
         context.proof.identify(rank_proof(self, context))

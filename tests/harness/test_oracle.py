@@ -155,13 +155,19 @@ def test_other_workloads_are_not_compared():
 
 def test_an_unmeasured_dtype_has_no_band():
     assert shipped("float32", "recipe:llama-k4").dtype == "float32"
-    with pytest.raises(KeyError, match="shipped: .*float32-made"):
+    with pytest.raises(KeyError, match=r"shipped: .*float32-made"):
         shipped("float8", "recipe:llama-k4")
 
 
 CELL = Cell(
     mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=4, kvp=2, interleave=16
 )
+
+
+RAN = {
+    "decode_attention": 9, "decode_combine": 9, "local_tokens": 50, "global_tokens": 100, "all_to_all": 9,
+    "exchange_members": 18,
+}  # fmt: skip
 
 
 def proofs(**changes) -> list[RankProof]:
@@ -171,7 +177,7 @@ def proofs(**changes) -> list[RankProof]:
             rank=rank, tp=4, kvp=2, tpa=2, kvp_rank=rank % 2, tpa_rank=rank // 2, helix=True, backend="HELIX_CPU",
             impl="x.Impl", combine="a2a", combine_impl="f", group_size=2, group_ranks=(0, 1) if rank < 2 else (2, 3),
             interleave=16, lse_base="e", model_runner="r", vllm_version="0.32.0", self_test="ok",
-            counters={"decode_attention": 9, "decode_combine": 9, "local_tokens": 50, "global_tokens": 100},
+            counters=RAN,
         )
         for rank in range(4)
     ]  # fmt: skip
@@ -202,10 +208,11 @@ def test_a_full_proof_is_accepted():
         ({"self_test": "failed"}, "self-test was failed"),
         ({"counters": {"decode_attention": 0}}, "decode_attention is 0"),
         ({"counters": {"decode_attention": 1, "decode_combine": 0}}, "decode_combine is 0"),
-        (
-            {"counters": {"decode_attention": 9, "decode_combine": 9, "local_tokens": 49, "global_tokens": 100}},
-            "group [2, 3] owns 99 tokens, but 100 passed rank 2",
-        ),
+        ({"counters": RAN | {"local_tokens": 49}}, "group [2, 3] owns 99 tokens, but 100 passed rank 2"),
+        ({"counters": RAN | {"all_to_all": 0}}, "0 all_to_all exchanges ran where a2a makes 9"),
+        ({"counters": RAN | {"all_gather": 9}}, "9 all_gather exchanges ran where a2a makes 0"),
+        ({"counters": RAN | {"prefill_combine": 2}}, "9 all_to_all exchanges ran where a2a makes 11"),
+        ({"counters": RAN | {"exchange_members": 36}}, "36 members in all, not among 2 each"),
     ],
 )
 def test_each_claim_is_checked(changes, said):
@@ -219,6 +226,7 @@ def test_a_rank_without_proof_is_named():
 
 def test_the_default_combine_is_vllms_for_standard_dcp():
     cell = CELL.model_copy(update={"mode": Mode.STANDARD_DCP})
-    standard = [dataclasses.replace(proof, helix=False, combine="ag_rs") for proof in proofs()]
+    ran = RAN | {"all_to_all": 0, "all_gather": 9, "reduce_scatter": 9, "exchange_members": 36}
+    standard = [dataclasses.replace(proof, helix=False, combine="ag_rs", counters=ran) for proof in proofs()]
     assert check_proof(cell, standard) is None
     assert "combine was ag_rs, the cell claims a2a" in check_proof(cell.model_copy(update={"comm": "a2a"}), standard)

@@ -42,7 +42,10 @@ def proofs(cell: Cell) -> tuple[RankProof, ...]:
             impl="i", combine="a2a", combine_impl="f", group_size=2, group_ranks=(0, 1), interleave=cell.interleave,
             lse_base="e",
             model_runner="r", vllm_version=cell.vllm_version, self_test="ok",
-            counters={"decode_attention": 1, "decode_combine": 1, "local_tokens": 5, "global_tokens": 10},
+            counters={
+                "decode_attention": 1, "decode_combine": 1, "local_tokens": 5, "global_tokens": 10, "all_to_all": 1,
+                "exchange_members": 2,
+            },
         )
         for rank in range(2)
     )  # fmt: skip

@@ -126,7 +126,7 @@ def test_binary_and_absent_files_are_refused(write, tmp_path):
 
 
 def test_unknown_suite_names_list_the_known_ones(tmp_path):
-    with pytest.raises(SuiteError, match=r"did you mean 'helix-gqa'.*allowed: helix-gqa, helix-mla"):
+    with pytest.raises(SuiteError, match=r"did you mean 'helix-gqa'.*allowed: faults, helix-gqa, helix-mla"):
         load_all(["helix-gqq"])
     assert load_all([], folder=tmp_path) == []
 
@@ -164,3 +164,20 @@ def test_declared_refusals_name_their_text():
         for group in suite.groups:
             if group.expect is Verdict.REJECTED:
                 assert group.refusal, f"{suite.name}/{group.name}"
+
+
+def test_a_nightly_suite_is_run_by_its_name_only(write, tmp_path):
+    write(GOOD)
+    write(GOOD.replace("name: mine", "name: long\nnightly: true"), "long.yaml")
+    assert [suite.name for suite in load_all([], folder=tmp_path)] == ["mine"]
+    assert [suite.name for suite in load_all(["long"], folder=tmp_path)] == ["long"]
+    assert "faults" not in [suite.name for suite in load_all()]
+
+
+def test_faults_need_a_mode_that_has_them_and_a_reason_where_they_cannot_be_caught(write):
+    fault = GOOD + "    fault: [drop-shard, 'drop-shard:layer=1']\n"
+    assert load(write(fault)).groups[0].fault == ("drop-shard", "drop-shard:layer=1")
+    says = [problem.message for problem in problems_of(write(fault + "    expect: pass\n"))]
+    assert any("needs a 'why'" in said for said in says)
+    says = [problem.message for problem in problems_of(write(fault.replace("helix-gqa", "standard-tp")))]
+    assert any("'fault' goes with a context-parallel mode" in said for said in says)

@@ -30,6 +30,10 @@ def test_every_verdict_has_a_meaning_and_a_shape_of_its_own():
         ([(PASS, REJECTED)], 1),  # a refusal that nobody declared
         ([(REJECTED, FAIL)], 1),  # a declared refusal that did not come
         ([(PASS, Verdict.STALE)], 0),
+        ([(FAIL, FAIL), (FAIL, Verdict.UNPROVEN)], 0),  # deliberate defects that were caught
+        ([(FAIL, FAIL), (FAIL, PASS)], 1),  # … and one that was not
+        ([(FAIL, REJECTED)], 1),
+        ([(FAIL, ERROR)], 3),
     ],
 )
 def test_exit_status(pairs, status):
