@@ -21,7 +21,7 @@ from harness.client import answer_all
 from harness.executors.local import dtype_of, shape_of
 from harness.frozen import Frozen
 from harness.lease import lease_port
-from harness.server.launch import FORCED_DECODE, make_launch
+from harness.server.launch import forced_decode, make_launch
 from harness.server.process import Server, ServerFailed
 from harness.transcript import Transcript
 from harness.workload import Workload, make_workload
@@ -184,7 +184,9 @@ def make(group: Group, start: Start, root: Path, sets: int) -> Record:
     with lease_port() as port:
         launch = make_launch(start.cell, folder.absolute(), port)
         if start.cell.baseline and not start.leads:  # stock, but for the processor that imposes tokens
-            launch = launch.model_copy(update={"argv": (*launch.argv, "--logits-processors", FORCED_DECODE)})
+            launch = launch.model_copy(
+                update={"argv": (*launch.argv, "--logits-processors", forced_decode(start.cell))}
+            )
         began = time.monotonic()
         with Server(launch, folder / "server.log") as server:
             started = time.monotonic() - began

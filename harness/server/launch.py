@@ -13,6 +13,8 @@ from harness.models import ensure
 from harness.models.recipe import PREFIX
 
 FORCED_DECODE = "helix_runtime.vllm_plugin.forced_decode:ForcedDecode"
+FORCED_DECODE_V2 = "helix_runtime.vllm_plugin.forced_decode_v2:ForcedDecodeV2"
+_V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 #: Environment variables that look like secrets do not reach a server.
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|^KEY", re.IGNORECASE)
 _HUB_TOKEN = "HF_TOKEN"
@@ -43,7 +45,7 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
     argv, given = _take_additional_config(cell.command(model))
     argv += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
     if not cell.baseline:
-        argv += ["--logits-processors", FORCED_DECODE]
+        argv += ["--logits-processors", forced_decode(cell)]
         if cell.mode.helix or cell.mode is Mode.STANDARD_DCP:  # stock DCP is counted, and proves its path
             helix = {**dict(cell.helix), "proof_dir": str(proof_dir)}
             given["helix"] = {**given.get("helix", {}), **helix, **({"fault": cell.fault} if cell.fault else {})}
@@ -61,6 +63,17 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
         model=model,
         proof_dir=proof_dir,
     )
+
+
+def forced_decode(cell: Cell) -> str:
+    """The processor that the server's model runner takes; the wrong one is refused at start, by name.
+
+    vLLM takes its V2 runner on GPUs, and V1 on CPU, where V2's Triton kernels do not run, unless the environment says
+    which. For a few features that V2 lacks vLLM goes back to V1 by itself: such a cell sets the variable to 0.
+    """
+    asked = {**os.environ, **dict(cell.env)}.get(_V2_RUNNER, "")
+    v2 = asked != "0" if asked else cell.hardware != "cpu"
+    return FORCED_DECODE_V2 if v2 else FORCED_DECODE
 
 
 def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:

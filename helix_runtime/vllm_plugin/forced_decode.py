@@ -6,7 +6,7 @@ Hook: `--logits-processors helix_runtime.vllm_plugin.forced_decode:ForcedDecode`
 request asks with `vllm_xargs={"helix_forced_tokens": [...]}`. It is not an entry point: a server that was not told
 loads nothing.
 Upstream: documented extension point, no patch. With `logprobs_mode=raw_logprobs` (the default) logprobs are taken
-before any processor, so they stay the model's own. The V2 runner (CUDA) has another interface.
+before any processor, so they stay the model's own. The V2 runner (GPUs) has another interface: `forced_decode_v2.py`.
 Remove when: vLLM can score a given continuation through its decode path.
 """
 
@@ -17,12 +17,11 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from helix_runtime.vllm_plugin.forced_tokens import wanted_tokens
+
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
-
-#: The key in `vllm_xargs` / `SamplingParams.extra_args`.
-KEY = "helix_forced_tokens"
 
 #: What a request asked for, and its running output as vLLM extends it.
 Wanted = tuple[list[int], Sequence[int]]
@@ -58,16 +57,6 @@ class ForcedDecode(LogitsProcessor):
                 logits[row] = float("-inf")
                 logits[row, tokens[step]] = 0.0
         return logits
-
-
-def wanted_tokens(params: "SamplingParams") -> list[int] | None:
-    """The tokens a request asks for, or None when it does not ask; ValueError when it asks wrongly."""
-    asked = (params.extra_args or {}).get(KEY)
-    if asked is None:
-        return None
-    if not isinstance(asked, list) or not all(isinstance(token, int) and token >= 0 for token in asked):
-        raise ValueError(f"{KEY} must be a list of token ids, whole numbers from 0 on; got {asked!r}")
-    return asked
 
 
 def _wanted(params: "SamplingParams", _prompt: list[int] | None, output: list[int]) -> Wanted | None:
