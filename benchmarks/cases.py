@@ -87,6 +87,7 @@ OTHERS = [
     Case(8, 1024, 16, 128, torch.float16),
     Case(8, 1024, 16, 128, torch.float32),
 ]
+SMALL = [Case(8, 64, 16, 128), Case(8, 8, 16, 128), Case(8, 1, 16, 128), Case(8, 64, 16, 512), Case(8, 64, 2, 128)]
 SWEPT = [
     Case(8, 1024, 16, 128),
     Case(8, 1024, 16, 512),

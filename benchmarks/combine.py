@@ -20,12 +20,19 @@ import triton
 
 from benchmarks import vllm_ops
 from benchmarks.cases import JUDGED, OTHERS, SWEPT, Case, decode_mask, partials
+from benchmarks.cases import SMALL as SMALL_CASES
 from benchmarks.timing import Call, Timing, copy_calls, empty_call, interleave, interleave_alone
 from helix_runtime.combine import kernels
 from helix_runtime.combine.merge import merge_partials
 
 PACK_LAUNCHES = [kernels.Launch(access, warps) for access, warps in itertools.product((16, 32, 64), (2, 4))]
 COMBINE_LAUNCHES = [kernels.Launch(access, warps) for access, warps in itertools.product((4, 8, 16, 32), (2, 4))]
+SMALL_PACKS = [
+    kernels.Launch(access, warps, pdl) for access, warps, pdl in itertools.product((16, 32), (1, 4), (False, True))
+]
+SMALL_COMBINES = [
+    kernels.Launch(access, warps, pdl) for access, warps, pdl in itertools.product((4, 8, 16), (1, 4), (False, True))
+] + [kernels.Launch(8, 4, pdl, False) for pdl in (False, True)]
 SMALL = 64  # tokens up to which latency, not bandwidth, is judged
 
 
@@ -131,21 +138,25 @@ def error(case: Case) -> dict:
     return {"case": case.name, "relative_error": relative, "ours_over_ideal": relative["ours"] / relative["ideal"]}
 
 
-def sweep(case: Case) -> dict:
-    """Microseconds of every launch size, by operation, beside the copies and the empty kernel."""
+def sweep(case: Case, pack_launches: list, combine_launches: list, vllm: vllm_ops.VllmOps | None = None) -> dict:
+    """Microseconds of every launch size, by operation, beside the copies, the empty kernel and vLLM's."""
     inputs, layout = partials(case), case.layout
     buffers = [torch.empty(layout.nbytes, dtype=torch.uint8, device="cuda") for _ in inputs]
     views = [(layout.outputs(buffer), layout.lses(buffer)) for buffer in buffers]
     jobs = list(zip(inputs, views, strict=True))
     packs = {
         str(launch): [lambda p=p, v=v, x=launch: kernels.pack(*p, *v, launch=x) for p, v in jobs]
-        for launch in PACK_LAUNCHES
+        for launch in pack_launches
     }
     combines = {
         str(launch): [lambda v=v, x=launch: kernels.combine(*v, return_lse=False, launch=x) for v in views]
-        for launch in COMBINE_LAUNCHES
+        for launch in combine_launches
         if launch.access * case.ranks <= 512  # more would not fit the registers
     }
+    if vllm is not None:
+        rows = [vllm.buffer(case.ranks, case.batch, case.heads, case.head_dim, case.dtype) for _ in inputs]
+        packs["vllm"] = [lambda p=p, r=r: vllm.pack(*p, r) for p, r in zip(inputs, rows, strict=True)]
+        combines["vllm"] = [lambda r=r: vllm.combine(r) for r in rows]
     result = {"case": case.name}
     for operation, nbytes, candidates in (
         ("pack", case.pack_bytes, packs),
@@ -153,6 +164,9 @@ def sweep(case: Case) -> dict:
     ):
         floors = copy_calls(nbytes, case.sets) | {"empty": [empty_call()] * case.sets}
         result[operation] = {name: t.median for name, t in interleave(floors | candidates, rounds=15).items()}
+        if vllm is not None:
+            alone = interleave_alone(floors | candidates, rounds=40)
+            result[f"{operation}_alone"] = {name: t.median for name, t in alone.items()}
         torch.cuda.empty_cache()
     return result
 
@@ -203,6 +217,7 @@ def main() -> None:
     parser.add_argument("--vllm-ops", type=Path, help="a copy of vllm/v1/attention/ops/dcp.py, where vLLM is absent")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--sweep", action="store_true", help="measure every launch size of our kernels instead")
+    parser.add_argument("--small", action="store_true", help="measure launches of small batches, with and without PDL")
     parser.add_argument("--only", default="", help="only the sizes whose name contains this, such as 'B1024 H16'")
     parser.add_argument("--table", type=Path, help="print the table of these results")
     options = parser.parse_args()
@@ -228,10 +243,14 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    if options.sweep:
+    if options.sweep or options.small:
         results["sweep"] = []
-        for case in chosen(SWEPT):
-            results["sweep"].append(sweep(case))
+        for case in chosen(SMALL_CASES if options.small else SWEPT):
+            if options.small:
+                found = sweep(case, SMALL_PACKS, SMALL_COMBINES, vllm_ops.load(options.vllm_ops))
+            else:
+                found = sweep(case, PACK_LAUNCHES, COMBINE_LAUNCHES)
+            results["sweep"].append(found)
             print(json.dumps(results["sweep"][-1]), flush=True)
             keep()
         return

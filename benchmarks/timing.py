@@ -29,6 +29,16 @@ def _copy_kernel(target, source, count, BLOCK: tl.constexpr):
     tl.store(target + offset, tl.load(source + offset, mask=offset < count), mask=offset < count)
 
 
+@triton.jit
+def _read_kernel(sink, source, count, BLOCK: tl.constexpr):
+    """Sum of a strided share of `source`, 16 bytes a thread and access; every element is read, once."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK, num_stages=4):
+        offset = start + tl.arange(0, BLOCK)
+        total ^= tl.load(source + offset, mask=offset < count, other=0)
+    tl.store(sink + tl.program_id(0), tl.sum(total, 0))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Microseconds per call: median, and the 10th and 90th percentile over rounds."""
@@ -56,6 +66,13 @@ def copy_calls(nbytes: int, sets: int) -> dict[str, list[Call]]:
         "copy_driver": [lambda t=t, s=s: t.copy_(s) for t, s in pairs],
         "copy_kernel": [kernel(t, s) for t, s in pairs],
     }
+
+
+def read_call(memory: torch.Tensor) -> Call:
+    """A kernel that reads `memory` once and keeps a checksum: the most that reading can reach."""
+    words = memory.view(torch.int32)
+    sink = torch.empty(132 * 8, dtype=torch.int32, device="cuda")
+    return lambda: _read_kernel[(len(sink),)](sink, words, words.numel(), BLOCK=4096, num_warps=8)
 
 
 def interleave(candidates: Mapping[str, Sequence[Call]], rounds: int = 40) -> dict[str, Timing]:

@@ -173,8 +173,9 @@ def dense_attention_fp64(
         scores = softcap * torch.tanh(scores / softcap)
     if causal:
         new, total = query.shape[0], key.shape[0]
-        position = torch.arange(total - new, total)
-        scores = scores.masked_fill(torch.arange(total) > position[:, None], float("-inf"))
+        position = torch.arange(total - new, total, device=query.device)
+        hidden = torch.arange(total, device=query.device) > position[:, None]
+        scores = scores.masked_fill(hidden, float("-inf"))
     output = torch.einsum("hts,shd->thd", scores.softmax(-1), value.repeat_interleave(group, dim=1))
     return output, scores.logsumexp(-1).T
 

@@ -3,10 +3,14 @@
 A row of D elements is cut into segments of WIDTH elements, the largest power of two that divides D (at most 128), so
 that head sizes such as 96, 192 or 576 waste no lane. A program handles BLOCK segments, which are neighbours in the
 exchange buffer, whatever rows they belong to. Offsets that can pass 2**31 are 64-bit; the rest stay cheap.
+
+PDL (programmatic dependent launch, Hopper and later): a kernel is started while the one before it on the stream still
+runs, computes its addresses, and waits for that one's memory before its first access.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -32,6 +36,7 @@ def pack_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     MASK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Copy BLOCK segments of one destination. MASK: 0 none, 1 a length per row, 2 a length per sequence."""
     rank = tl.program_id(1)
@@ -42,6 +47,9 @@ def pack_kernel(
     token = (row // HEADS).to(tl.int64)
     head = rank * HEADS + row % HEADS
     column = tl.arange(0, WIDTH)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
     # The row is read before anything is known of it: the loads of data, LSE and mask overlap, the selection is free.
     source = token * out_stride_b + head * out_stride_h + part * out_stride_d
@@ -88,6 +96,8 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     BASE_E: tl.constexpr,
     WRITE_LSE: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merge RANKS partials of BLOCK segments, held in registers all at once."""
     segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -96,13 +106,17 @@ def combine_kernel(
     offset = segment.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     outputs_step = tl.cast(outputs_stride, tl.int64)
     lses_step = tl.cast(lses_stride, tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
     # The barrier keeps the compiler from sinking the wide loads to their uses, behind the wait for the LSEs: all loads
     # wait for memory together. Without it a small batch pays the latency of memory twice.
     partials = ()
     for rank in tl.static_range(RANKS):
         partials += (tl.load(outputs_ptr + rank * outputs_step + offset, mask=inside[:, None], other=0.0),)
-    tl.debug_barrier()
+    if BARRIER:
+        tl.debug_barrier()
     lses = ()
     for rank in tl.static_range(RANKS):
         lses += (tl.load(lses_ptr + rank * lses_step + row, mask=inside, other=-float("inf")),)

@@ -10,6 +10,7 @@ on which rank computes it.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,27 +24,46 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 
 @dataclass(frozen=True)
 class Launch:
-    """Size of one program: `access` bytes of each rank's rows per thread, `warps` warps of 32 threads."""
+    """Size of one program: `access` bytes of each rank's rows per thread, `warps` warps of 32 threads.
+
+    pdl: start while the kernel before it on the stream still runs (see `device_code`). barrier: keep the wide loads of
+    a combine before those of its LSEs.
+    """
 
     access: int
     warps: int
+    pdl: bool = False
+    barrier: bool = True
+
+    @property
+    def options(self) -> dict:
+        """For Triton. The option is left out where it is off: the interpreter does not know it."""
+        return {"num_warps": self.warps, "PDL": self.pdl} | ({"launch_pdl": True} if self.pdl else {})
 
     def block(self, width: int, itemsize: int) -> int:
         """Segments of `width` elements that one program handles."""
         return max(1, self.access * self.warps * 32 // itemsize // width)
 
 
-# Measured on an H200, benchmarks/results/combine-sweep-h200.json: within 4 % of the best pack at every size there.
-_PACK = Launch(access=32, warps=4)
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a device has programmatic dependent launch: compute capability 9.0 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def combine_launch(ranks: int, merged_bytes: int) -> Launch:
+def pack_launch(device: torch.device) -> Launch:
+    """The launch of a pack, measured on an H200 (benchmarks/results/combine-sweep-h200.json and
+    combine-small-h200.json): within 4 % of the best at every size there."""
+    return Launch(access=32, warps=4, pdl=_overlaps(device))
+
+
+def combine_launch(ranks: int, merged_bytes: int, device: torch.device) -> Launch:
     """The launch of a combine that writes `merged_bytes`, from the same measurements.
 
     A combine wants many threads with little each: 8 bytes of every rank; 4 where it writes too little to fill the GPU
     with threads of 8, and 4 for many ranks, whose partials would not fit the registers otherwise.
     """
-    return Launch(access=4 if ranks > 32 or merged_bytes <= 64 << 10 else 8, warps=4)
+    return Launch(access=4 if ranks > 32 or merged_bytes <= 64 << 10 else 8, warps=4, pdl=_overlaps(device))
 
 
 #: The most partials a combine holds in registers.
@@ -85,7 +105,7 @@ def pack(
     if rows == 0:
         return
     width = _width(head_dim)
-    launch = launch or _PACK
+    launch = launch or pack_launch(outputs.device)
     block = launch.block(width, outputs.itemsize)
     bits = _BITS[outputs.dtype]
     pack_kernel[(triton.cdiv(rows * (head_dim // width), block), ranks)](
@@ -107,7 +127,7 @@ def pack(
         WIDTH=width,
         BLOCK=block,
         MASK=0 if lengths is None else 1 if query_start_loc is None else 2,
-        num_warps=launch.warps,
+        **launch.options,
     )
 
 
@@ -144,7 +164,7 @@ def combine(
     if rows == 0:
         return out, lse
     width = _width(head_dim)
-    launch = launch or combine_launch(ranks, out.numel() * out.itemsize)
+    launch = launch or combine_launch(ranks, out.numel() * out.itemsize, out.device)
     block = launch.block(width, outputs.itemsize)
     combine_kernel[(triton.cdiv(rows * (head_dim // width), block),)](
         outputs,
@@ -160,7 +180,8 @@ def combine(
         BLOCK=block,
         BASE_E=base == "e",
         WRITE_LSE=return_lse,
-        num_warps=launch.warps,
+        BARRIER=launch.barrier,
+        **launch.options,
     )
     return out, lse
 
