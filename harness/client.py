@@ -1,13 +1,15 @@
 """Asks a server the workload over HTTP and writes down what it answered."""
 
 import asyncio
+import json
 from collections.abc import Callable
 
 import httpx
 
 from harness.cell import Cell
+from harness.counts import read_counts, running
 from harness.server.process import Server
-from harness.transcript import Answer, Prompt, Step, Transcript
+from harness.transcript import Answer, Counts, Prompt, Step, Transcript
 from harness.workload import Workload
 
 TOP_K = 20  # vLLM's default --max-logprobs
@@ -27,7 +29,7 @@ def answer_all(
     A request that the living server refuses or breaks off becomes an answer without steps. Raises ServerFailed when
     the server dies or the run is cancelled, NotForced when it answers with other tokens than the imposed ones.
     """
-    answers = asyncio.run(_Asker(server, workload, follow).run())
+    answers, counts = asyncio.run(_Asker(server, workload, follow).run())
     return Transcript(
         cell_id=cell.id,
         cell_key=cell.key,
@@ -36,6 +38,7 @@ def answer_all(
         vocab_size=workload.vocab,
         top_k=TOP_K,
         answers=tuple(answers),
+        counts=counts,
     )
 
 
@@ -45,7 +48,7 @@ class _Asker:
         self.workload = workload
         self.forced = {a.prompt: [step.token_id for step in a.steps] for a in follow.answers} if follow else None
 
-    async def run(self) -> list[Answer]:
+    async def run(self) -> tuple[list[Answer], Counts | None]:
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
         timeout = httpx.Timeout(self.server.limits.request, connect=10.0)
         async with httpx.AsyncClient(
@@ -63,11 +66,34 @@ class _Asker:
                     task.cancel()
                 await asyncio.gather(asking, watching, return_exceptions=True)
 
-    async def _ask_in_order(self, client: httpx.AsyncClient) -> list[Answer]:
+    async def _ask_in_order(self, client: httpx.AsyncClient) -> tuple[list[Answer], Counts | None]:
         answers: list[Answer] = []
+        before = read_counts(await self._metrics(client))
         for batch in _batches(self.workload.prompts):
             answers += await asyncio.gather(*(self._ask(client, prompt) for prompt in batch))
-        return answers
+            if any(prompt.abort_after for prompt in batch):
+                await self._until_idle(client)
+        after = read_counts(await self._metrics(client))
+        if before is None or after is None:
+            return answers, None
+        names = Counts.model_fields
+        return answers, Counts(**{name: getattr(after, name) - getattr(before, name) for name in names})
+
+    async def _metrics(self, client: httpx.AsyncClient) -> str:
+        """The server's metrics, empty where it has none."""
+        try:
+            reply = await client.get("/metrics")
+            return reply.text if reply.is_success else ""
+        except httpx.TransportError:
+            await _settle(self.server.check)
+            return ""
+
+    async def _until_idle(self, client: httpx.AsyncClient, seconds: float = 20.0) -> None:
+        """Wait until the server runs nothing, so that what comes next finds the slots of dropped requests free."""
+        for _ in range(int(seconds / 0.1)):
+            if not running(await self._metrics(client)):
+                return
+            await asyncio.sleep(0.1)
 
     async def _ask(self, client: httpx.AsyncClient, prompt: Prompt) -> Answer:
         wanted = self.forced.get(prompt.name, []) if self.forced is not None else None
@@ -85,8 +111,11 @@ class _Asker:
         if wanted:
             body["vllm_xargs"] = {FORCED_KEY: wanted}
         try:
-            reply = await client.post("/v1/completions", json=body)
-            steps = read_steps(reply.json()) if reply.is_success else ()
+            if prompt.abort_after:
+                steps = await _hang_up(client, {**body, "stream": True}, prompt.abort_after)
+            else:
+                reply = await client.post("/v1/completions", json=body)
+                steps = read_steps(reply.json()) if reply.is_success else ()
         except (httpx.TransportError, ValueError):
             await _settle(self.server.check)
             steps = ()
@@ -100,7 +129,20 @@ class _Asker:
             batch=prompt.batch,
             forced=wanted is not None,
             steps=steps,
+            waived=prompt.max_tokens - prompt.abort_after if prompt.abort_after else 0,
         )
+
+
+async def _hang_up(client: httpx.AsyncClient, body: dict, tokens: int) -> tuple[Step, ...]:
+    """The first `tokens` steps of a streamed completion; then the connection is closed on the server."""
+    steps: tuple[Step, ...] = ()
+    async with client.stream("POST", "/v1/completions", json=body) as reply:
+        async for line in reply.aiter_lines():
+            if len(steps) >= tokens or not reply.is_success or line == "data: [DONE]":
+                break
+            if line.startswith("data: "):
+                steps += read_steps(json.loads(line.removeprefix("data: ")))
+    return steps[:tokens]
 
 
 def read_steps(reply: dict) -> tuple[Step, ...]:

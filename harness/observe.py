@@ -43,6 +43,7 @@ def observe(
         judgement = judge(baseline, transcript, band, cells=cells)
     except ValueError as problem:
         return Observation(Verdict.ERROR, f"cannot compare: {problem.args[0]}")
+    judgement = with_counts(judgement, transcript)
     if item.cell.baseline:
         return _baseline(transcript, judgement)
     return _compared(item, attempt, judgement)
@@ -100,13 +101,51 @@ def _reference(transcript: Transcript) -> Observation:
     return Observation(Verdict.PASS, f"the reference: {len(transcript.answers)} prompts, {steps} steps")
 
 
+def with_counts(judgement: Judgement, transcript: Transcript) -> Judgement:
+    """`judgement` with what the server counted of itself: the evidence for prefix hits, preemption and aborts."""
+    if transcript.counts is None:
+        return judgement
+    aborted = [answer for answer in transcript.answers if answer.waived]
+    took = sum(len(answer.steps) for answer in transcript.answers)
+    said = f"clients took {took} tokens, the server generated {transcript.counts.generated}"
+    counted = (
+        ("requests cancelled midway", len(aborted), "requests", said if aborted else ""),
+        ("prompt tokens from the prefix cache", transcript.counts.cached, "tokens", ""),
+        ("preemptions", transcript.counts.preempted, "requests", ""),
+    )
+    found = tuple(
+        Statistic(name=f"server: {name}", value=value, bound=None, n=len(transcript.answers), unit=unit, note=note)
+        for name, value, unit, note in counted
+    )
+    return judgement.model_copy(update={"statistics": (*judgement.statistics, *found)})
+
+
+def dropped(transcript: Transcript) -> str | None:
+    """None where the server dropped what clients hung up on, by its own count; else what is wrong with the claim.
+
+    Until it notices, the server goes on for some steps; of what was not asked for any more, it must save half.
+    """
+    aborted = [answer for answer in transcript.answers if answer.waived]
+    if not aborted:
+        return None
+    got = sum(len(answer.steps) for answer in transcript.answers)
+    if transcript.counts is None:
+        return f"{len(aborted)} requests were cancelled, but the server does not count what it generated"
+    if transcript.counts.generated - got > sum(answer.waived for answer in aborted) / 2:
+        return (
+            f"{len(aborted)} requests were cancelled, but the server generated {transcript.counts.generated} tokens "
+            f"where clients took {got}: it did not drop them"
+        )
+    return None
+
+
 def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Observation:
     if not judgement.agree:
         verdict = Verdict.XFAIL if item.declared is Verdict.XFAIL else Verdict.FAIL
         return Observation(verdict, judgement.reason, judgement)
     if not judgement.forced:
         return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
-    if unproven := check_proof(item.cell, attempt.proofs):
+    if unproven := check_proof(item.cell, attempt.proofs) or dropped(attempt.transcript):
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     if item.cell.fault:
         said = "NOT CAUGHT" if item.declared is Verdict.FAIL else "not caught, as declared"

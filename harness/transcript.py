@@ -10,7 +10,8 @@ SCHEMA = 1
 
 class Prompt(Frozen):
     """One request. `kind` groups prompts for statistics (`boundary`, `long`, `batch`, `repeat`, …); `why` says which
-    defect it would show; `batch` is the group of prompts that are sent at the same time (0 = alone)."""
+    defect it would show; `batch` is the group of prompts that are sent at the same time (0 = alone). `abort_after`: the
+    client hangs up after so many tokens, and the server must drop the request."""
 
     name: str
     kind: str
@@ -18,6 +19,7 @@ class Prompt(Frozen):
     token_ids: tuple[int, ...]
     max_tokens: int
     batch: int = 0
+    abort_after: int | None = None
 
 
 class Step(Frozen):
@@ -29,7 +31,8 @@ class Step(Frozen):
 
 
 class Answer(Frozen):
-    """The answer to one prompt. Step 0 is prefill's and is judged apart. `forced`: the tokens were imposed."""
+    """The answer to one prompt. Step 0 is prefill's and is judged apart. `forced`: the tokens were imposed.
+    `waived`: tokens that were asked for and not waited for, because the client hung up after these steps."""
 
     prompt: str
     kind: str
@@ -37,10 +40,21 @@ class Answer(Frozen):
     batch: int
     forced: bool
     steps: tuple[Step, ...]
+    waived: int = 0
+
+
+class Counts(Frozen):
+    """What the server itself counted while it was asked (`/metrics`): tokens generated and, of prompts, served from the
+    prefix cache; preemptions."""
+
+    generated: int
+    cached: int
+    preempted: int
 
 
 class Transcript(Frozen):
-    """All answers of one server. `cell_key` and `workload_key` say what it may be compared with."""
+    """All answers of one server. `cell_key` and `workload_key` say what it may be compared with. `counts` is None for a
+    server that counts nothing."""
 
     schema_version: Literal[1] = SCHEMA
     cell_id: str
@@ -50,6 +64,7 @@ class Transcript(Frozen):
     vocab_size: int
     top_k: int
     answers: tuple[Answer, ...]
+    counts: Counts | None = None
 
     def digest(self) -> str:
         return content_hash(self.model_dump(mode="json"))

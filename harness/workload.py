@@ -21,6 +21,11 @@ DEFAULT_BLOCK = 128  # vLLM's own on CPU
 LONG = 1000
 BOUNDARY_BATCH = 2  # the number of the batch in which boundary prompts go out together
 NEEDLE_BATCH = 3
+ABORT_BATCH = 4
+REUSE_BATCH = 5
+#: Requests whose client hangs up: prompt length, tokens it waits for. Each asks for ABORTED_TOKENS.
+ABORTED = ((40, 1), (150, 3), (220, 6))
+ABORTED_TOKENS = 1000
 NEEDLE_LENGTH = 600
 FIRST_WORD = 4  # below are special tokens
 
@@ -32,12 +37,17 @@ class Budget(Frozen):
     batched: int
     decode: int
     batch_lengths: tuple[int, ...]
+    aborts: bool
 
 
 BUDGETS: dict[str, Budget] = {
-    "smoke": Budget(boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257)),
+    "smoke": Budget(boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257), aborts=False),
     "standard": Budget(
-        boundary=16, batched=32, decode=100, batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400)
+        boundary=16,
+        batched=32,
+        decode=100,
+        batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400),
+        aborts=True,
     ),
 }
 
@@ -92,10 +102,16 @@ def make_workload(
         raise ValueError(f"workload {profile} needs max-model-len of at least {budget.decode + 8}, not {max_model_len}")
     prompts: list[Prompt] = []
 
-    def add(kind: str, why: str, length: int, max_tokens: int, batch: int = 0, words: str = "") -> None:
+    def add(
+        kind: str, why: str, length: int, max_tokens: int, batch: int = 0, words: str = "", abort: int | None = None
+    ) -> None:
         name = f"{len(prompts):02d}-{kind}-{length}"
         tokens = _tokens(words or name, length, vocab, seed)
-        prompts.append(Prompt(name=name, kind=kind, why=why, token_ids=tokens, max_tokens=max_tokens, batch=batch))
+        prompts.append(
+            Prompt(
+                name=name, kind=kind, why=why, token_ids=tokens, max_tokens=max_tokens, batch=batch, abort_after=abort
+            )
+        )
 
     def fits(length: int, tokens: int) -> bool:
         return 0 < length <= max_model_len - tokens
@@ -114,6 +130,17 @@ def make_workload(
         if fits(length, budget.batched):
             why = "one of a full batch of mixed lengths: rows must not read each other's shards"
             add("batch", why, length, budget.batched, batch=1)
+    if budget.aborts:
+        aborted = [(length, after) for length, after in ABORTED if fits(length, 2 * budget.batched)]
+        for length, after in aborted:
+            why = f"its client hangs up after {after} tokens: the others must not notice"
+            tokens = min(ABORTED_TOKENS, max_model_len - length)
+            add("aborted", why, length, tokens, batch=ABORT_BATCH, abort=after)
+            add("neighbour", "goes on while others are dropped", length + 7, budget.boundary, batch=ABORT_BATCH)
+        for length, _ in aborted:
+            for more in (-3, 5):
+                why = "takes the slot and the blocks of a dropped request: nothing of it must be left"
+                add("reuse", why, length + more, budget.boundary // 2, batch=REUSE_BATCH)
     if retrieves:
         for why, tokens, answer in needles(retrieves, tp, seed):
             if fits(len(tokens), answer):

@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker, shared_memory
 BEHAVIOUR, PORT, NAME = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 KEY = os.environ.get("VLLM_API_KEY", "")
 VOCAB = 64
+COUNTED = [0, 7, 0]  # tokens generated, from the prefix cache, preemptions
 
 
 def step(tokens: list[int], position: int) -> dict[int, float]:
@@ -20,11 +21,25 @@ def step(tokens: list[int], position: int) -> dict[int, float]:
     return {first: -0.2, (first + 1) % VOCAB: -2.0, (first + 2) % VOCAB: -4.0}
 
 
+def completion(rows: list[tuple[int, dict[int, float]]]) -> dict:
+    logprobs = {
+        "token_logprobs": [top[token] for token, top in rows],
+        "top_logprobs": [{f"token_id:{t}": v for t, v in top.items()} for _, top in rows],
+    }
+    return {"choices": [{"token_ids": [token for token, _ in rows], "logprobs": logprobs}]}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        if self.allowed():
+        if self.path == "/metrics" and BEHAVIOUR != "counts-nothing":
+            names = ("generation_tokens", "prefix_cache_hits", "num_preemptions")
+            text = "".join(
+                f'vllm:{name}_total{{engine="0"}} {value}.0\n' for name, value in zip(names, COUNTED, strict=True)
+            )
+            self.say_bytes(200, text.encode())
+        elif self.allowed():
             self.say(200, {"data": [{"id": NAME}]})
 
     def do_POST(self):
@@ -45,20 +60,27 @@ class Handler(BaseHTTPRequestHandler):
             token = forced[position] if position < len(forced) else next(iter(top))
             rows.append((token, {token: top.get(token, -9.0), **top}))
             tokens.append(token)
-        self.say(
-            200,
-            {
-                "choices": [
-                    {
-                        "token_ids": [token for token, _ in rows],
-                        "logprobs": {
-                            "token_logprobs": [top[token] for token, top in rows],
-                            "top_logprobs": [{f"token_id:{t}": v for t, v in top.items()} for _, top in rows],
-                        },
-                    }
-                ]
-            },
-        )
+        if body.get("stream"):
+            return self.stream(rows)
+        COUNTED[0] += len(rows)
+        self.say(200, completion(rows))
+
+    def stream(self, rows):
+        """One event a token, until the client hangs up; `never-drops` counts all at once."""
+        COUNTED[0] += len(rows) if BEHAVIOUR == "never-drops" else 0
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        for row in rows:
+            COUNTED[0] += 1
+            try:
+                self.wfile.write(f"data: {json.dumps(completion([row]))}\n\n".encode())
+                self.wfile.flush()
+                time.sleep(0.01)
+            except (BrokenPipeError, ConnectionResetError):
+                return
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def allowed(self) -> bool:
         if BEHAVIOUR != "open" and self.headers.get("Authorization") != f"Bearer {KEY}":
@@ -67,7 +89,9 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def say(self, status: int, body: dict):
-        data = json.dumps(body).encode()
+        self.say_bytes(status, json.dumps(body).encode())
+
+    def say_bytes(self, status: int, data: bytes):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

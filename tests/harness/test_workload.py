@@ -64,7 +64,26 @@ def test_short_boundary_prompts_go_alone_and_longer_ones_together():
     sent = {len(prompt.token_ids): prompt.batch for prompt in workload.prompts if prompt.kind == "boundary"}
     assert sent == {1: 0, 2: 0, 3: 0, 31: 2, 32: 2, 33: 2}
     others = {prompt.kind: prompt.batch for prompt in workload.prompts if prompt.kind != "boundary"}
-    assert others == {"decode": 0, "long": 0, "repeat": 0, "batch": 1}
+    assert others == {"decode": 0, "long": 0, "repeat": 0, "batch": 1, "aborted": 4, "neighbour": 4, "reuse": 5}
+
+
+def test_clients_hang_up_beside_neighbours_and_what_follows_is_as_long_as_what_was_dropped():
+    asked = make_workload(tp=2, block=16, vocab=512, max_model_len=2048).prompts
+    aborted = [prompt for prompt in asked if prompt.abort_after]
+    assert [(len(p.token_ids), p.abort_after, p.max_tokens) for p in aborted] == [
+        (40, 1, 1000),
+        (150, 3, 1000),
+        (220, 6, 1000),
+    ]
+    assert {prompt.kind for prompt in asked if prompt.batch == aborted[0].batch} == {"aborted", "neighbour"}
+    reuse = [prompt for prompt in asked if prompt.kind == "reuse"]
+    assert [len(prompt.token_ids) for prompt in reuse] == [37, 45, 147, 155, 217, 225]
+    assert asked.index(reuse[0]) > asked.index(aborted[-1])
+    short = make_workload(tp=2, block=16, vocab=512, max_model_len=224).prompts
+    assert [len(p.token_ids) + p.max_tokens for p in short if p.abort_after] == [224, 224]
+    assert not any(
+        p.abort_after for p in make_workload(tp=2, block=16, vocab=512, max_model_len=2048, profile="smoke").prompts
+    )
 
 
 @pytest.mark.parametrize("profile", ["standard", "smoke"])
