@@ -38,7 +38,12 @@ exit status:
 """
 
 #: `python -m harness NAME …` -> `module:function`, called with the rest of the arguments, returns the exit status.
-SUBCOMMANDS: dict[str, str] = {"doctor": "harness.doctor:main", "starts": "harness.starts:main"}
+SUBCOMMANDS: dict[str, str] = {
+    "doctor": "harness.doctor:main",
+    "judge": "harness.oracle.offline:main",
+    "plan": "helix_runtime.planner.cli:main",
+    "starts": "harness.starts:main",
+}
 
 
 class UsageError(ValueError):

@@ -1,0 +1,172 @@
+"""How far the real kernels stay behind the data sheet: fitted to measurements, with a band from leaving each one out.
+
+A kernel takes `overhead + per_rank * ranks + roofline / efficiency`, fitted by least squares of relative errors, none
+of the three negative. The band is the 90th percentile of |log(predicted / measured)| when every measurement in turn is
+predicted by a fit to the others. What nobody has measured is an assumption, says so, and has a wide band.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from helix_runtime.planner.measurements import Measurement, read_measurements
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+#: Seconds of one kernel, or of many.
+Seconds = TypeVar("Seconds", float, np.ndarray)
+
+#: Fewer measurements than this do not make a fit.
+ENOUGH = 4
+#: Band of an assumption, and what is added where a fit is carried over to another GPU: logs of a factor.
+ASSUMED_BAND, CARRIED_BAND = math.log(1.35), math.log(1.15)
+#: A fit never claims to be better than this.
+SMALLEST_BAND = math.log(1.02)
+
+#: Which series of a measurement is what a server runs; other classes take all.
+_SERVED = {"pack": "vllm", "combine": "vllm"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Right within a factor of exp(±band) nine times out of ten. `overhead`, `per_rank`: seconds."""
+
+    efficiency: float
+    overhead: float = 0.0
+    per_rank: float = 0.0
+    band: float = ASSUMED_BAND
+    n: int = 0
+    source: str = "assumed"
+
+    @property
+    def measured(self) -> bool:
+        return self.n > 0
+
+    def predict(self, roofline: Seconds, ranks: Seconds = 1) -> Seconds:
+        """Seconds, from those that the data sheet would take."""
+        return self.overhead + self.per_rank * ranks + roofline / self.efficiency
+
+
+#: Where nothing was measured. Collective latency: a one-shot all-reduce of 512 bytes takes 3.7, 4.8 and 5.9 µs on 2, 4
+#: and 8 H100 (github.com/sgl-project/sglang/pull/2904), so 2.6 µs + 1.1 µs * log2(ranks).
+ASSUMED = {
+    "stream": Fit(0.8),
+    "attention": Fit(0.75),
+    "weights": Fit(0.75),
+    "pack": Fit(0.3, overhead=4e-6),
+    "combine": Fit(0.4, overhead=2e-6),
+    "launch": Fit(1.0, overhead=1e-6),
+    "all-reduce": Fit(0.7),
+    "all-to-all": Fit(0.7),
+    "all-gather": Fit(0.7),
+}
+LATENCY_BASE, LATENCY_LOG2 = 2.6e-6, 1.1e-6
+#: A collective that leaves the NVLink domain: assumed.
+NETWORK_LATENCY = 15e-6
+#: Host time of one kernel that is launched outside a CUDA graph: assumed.
+EAGER_LAUNCH = 5e-6
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One fit a class. `left_out` are rows that could not be read."""
+
+    fits: dict[str, Fit] = field(default_factory=lambda: dict(ASSUMED))
+    left_out: tuple[str, ...] = ()
+
+    def __getitem__(self, kind: str) -> Fit:
+        return self.fits[kind]
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return tuple(kind for kind, fit in self.fits.items() if fit.measured)
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        return tuple(kind for kind, fit in self.fits.items() if not fit.measured)
+
+
+#: The data sheet itself, for the paper's own equations: no overheads, nothing lost.
+IDEAL = Calibration({kind: Fit(1.0, band=SMALLEST_BAND, source="data sheet") for kind in ASSUMED})
+
+
+def fit(measurements: Sequence[Measurement]) -> Fit:
+    """Least squares of relative errors over overhead, time a rank and roofline, of those that come out positive."""
+    columns = np.array([(1.0, one.ranks, one.roofline) for one in measurements])
+    seconds = np.array([one.seconds for one in measurements])
+    relative = columns / seconds[:, None]
+    best, error = np.zeros(3), math.inf
+    varied = [at for at in range(3) if at == 0 or np.ptp(columns[:, at]) > 0]
+    for size in range(1, len(varied) + 1):
+        for chosen in map(list, combinations(varied, size)):
+            found, *_ = np.linalg.lstsq(relative[:, chosen], np.ones_like(seconds), rcond=None)
+            missed = float(((relative[:, chosen] @ found - 1) ** 2).sum())
+            if (found >= 0).all() and missed < error:
+                best, error = np.zeros(3), missed
+                best[chosen] = found
+    overhead, per_rank, slope = (float(value) for value in best)
+    return Fit(1 / slope if slope > 0 else math.inf, overhead=overhead, per_rank=per_rank, n=len(measurements))
+
+
+def left_out_errors(measurements: Sequence[Measurement]) -> list[float]:
+    """log(predicted / measured) of every measurement, predicted by a fit to all the others."""
+    errors = []
+    for at, one in enumerate(measurements):
+        others = fit([*measurements[:at], *measurements[at + 1 :]])
+        errors.append(math.log(max(others.predict(one.roofline, one.ranks), 1e-12) / one.seconds))
+    return errors
+
+
+def fitted(measurements: Sequence[Measurement]) -> Fit:
+    """The fit of one class with its band. ValueError for fewer than ENOUGH measurements."""
+    if len(measurements) < ENOUGH:
+        raise ValueError(f"{len(measurements)} measurements; a fit needs {ENOUGH}")
+    band = float(np.quantile(np.abs(left_out_errors(measurements)), 0.9, method="higher"))
+    files = ", ".join(sorted({one.source for one in measurements}))
+    return replace(fit(measurements), band=max(band, SMALLEST_BAND), source=files)
+
+
+def calibrate(
+    gpu: str, backend: str | None = None, folder: Path = FOLDER, given: Iterable[Measurement] | None = None
+) -> Calibration:
+    """The calibration for `gpu` (a key of `hardware.json`): fits where it, or another, was measured, else assumptions.
+
+    `backend`: attention measured with it is preferred. `given` replaces what is read from `folder`.
+    """
+    found = read_measurements(folder) if given is None else None
+    every = tuple(found.measurements if found else given)
+    fits = dict(ASSUMED)
+    for kind in ASSUMED:
+        own = [m for m in every if m.kind == kind and _SERVED.get(kind, m.series) == m.series]
+        if kind == "stream":
+            own = _fastest(own)
+        if kind == "attention" and (mine := [m for m in own if m.series == backend]):
+            own = mine
+        here = [m for m in own if m.device == gpu]
+        if len(here) >= ENOUGH:
+            fits[kind] = fitted(here)
+        elif len(own) >= ENOUGH:
+            carried = fitted(own)
+            source = f"{carried.source}, carried over from {', '.join(sorted({m.device for m in own}))}"
+            fits[kind] = replace(carried, band=carried.band + CARRIED_BAND, source=source)
+    # Without measurements of their own, attention and GEMMs stream memory as a copy does, at best.
+    for kind in ("attention", "weights"):
+        if not fits[kind].measured and fits["stream"].measured:
+            efficiency = fits["stream"].efficiency
+            fits[kind] = Fit(efficiency, source=f"assumed as fast as a copy ({efficiency:.2f} of the data sheet)")
+    return Calibration(fits, found.left_out if found else ())
+
+
+def _fastest(copies: Sequence[Measurement]) -> list[Measurement]:
+    """The fastest way to copy, case by case: what the memory can do."""
+    best: dict[tuple[str, str], Measurement] = {}
+    for one in copies:
+        key = (one.source, one.case)
+        if key not in best or one.seconds < best[key].seconds:
+            best[key] = one
+    return list(best.values())

@@ -1,0 +1,204 @@
+"""Plans: complete, legal, and able to say no."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helix_runtime import capabilities
+from helix_runtime.layout import LayoutError, resolve_layout
+from helix_runtime.planner import Question, load_gpu, plan
+from helix_runtime.planner.calibration import IDEAL
+from helix_runtime.planner.cli import main
+from helix_runtime.planner.plan import layouts_of
+from helix_runtime.planner.show import SCHEMA_FILE, schema
+from helix_runtime.shapes import MlaShape, ModelShape, load_shape
+
+R1, LLAMA = "deepseek-ai/DeepSeek-R1", "meta-llama/Llama-3.1-405B-Instruct"
+NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
+
+
+def answer(model, gpus, hardware, context, **options):
+    return plan(
+        Question(shape=load_shape(model), gpu=load_gpu(hardware), gpus=gpus, context=context, **options),
+        options.pop("calibration", None),
+    )
+
+
+@st.composite
+def shapes(draw) -> ModelShape:
+    mla = draw(st.booleans())
+    kv_heads = 1 if mla else draw(st.sampled_from((1, 2, 4, 6, 8)))
+    heads = kv_heads * draw(st.sampled_from((1, 2, 3, 4, 8, 16)))
+    latent = MlaShape(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, q_lora_rank=None)
+    return ModelShape(
+        name="drawn",
+        architecture="A",
+        num_query_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=576 if mla else 64,
+        num_layers=2,
+        hidden_size=heads * 64,
+        intermediate_size=512,
+        vocab_size=1000,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        mla=latent if mla else None,
+    )
+
+
+def legal_by_asking_one_by_one(shape, gpu, gpus, allow_gqa_tpa1) -> set[tuple[int, int, str, str]]:
+    found = set()
+    for backend in capabilities.backends():
+        for tp in range(1, gpus + 1):
+            for dcp in range(1, tp + 1):
+                for helix in (False, True):
+                    try:
+                        layout = resolve_layout(
+                            tp, dcp, **shape.layout_arguments(), helix_mode=helix, attention_backend=backend,
+                            hardware=gpu.family, block_size=16, allow_gqa_tpa1=allow_gqa_tpa1,
+                        )  # fmt: skip
+                    except LayoutError:
+                        continue
+                    found.add((tp, dcp, layout.mode, backend))
+    return found
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(shapes(), st.sampled_from(("h100", "h200", "b200", "gb200")), st.integers(1, 9), st.booleans())
+def test_every_legal_layout_appears_and_no_illegal_one(shape, hardware, gpus, allow_gqa_tpa1):
+    gpu = load_gpu(hardware)
+    question = Question(shape=shape, gpu=gpu, gpus=gpus, context=1000, allow_gqa_tpa1=allow_gqa_tpa1)
+    expected = legal_by_asking_one_by_one(shape, gpu, gpus, allow_gqa_tpa1)
+    rows = plan(question, IDEAL).rows
+    assert layouts_of(rows) == expected and len(rows) == len(expected)
+    for row in rows:
+        assert row.latency_low_ms <= row.latency_ms <= row.latency_high_ms
+        assert row.latency_ms == pytest.approx(sum(row.terms_ms.values()))
+
+
+@pytest.mark.parametrize("model", [R1, LLAMA])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp4"])
+def test_at_4k_it_advises_against_helix(model, dtype):
+    found = answer(model, 64, "gb200", 4096, weights=dtype, kv=dtype)
+    assert found.verdict.pays is False and not found.best.helix
+    assert found.verdict.reason.startswith("short context: attention is ")
+    assert found.verdict.gains.latency < 1
+
+
+@pytest.mark.parametrize("model, gpus", [(R1, 32), (R1, 64), (LLAMA, 64)])
+def test_at_one_million_tokens_it_advises_helix(model, gpus):
+    found = answer(model, gpus, "gb200", 1_000_000)
+    assert found.verdict.pays is True and found.best.helix and found.best.refused_today is None
+    assert found.verdict.gains.interactivity > 1.13 and found.verdict.gains.most_users >= 4
+    assert found.verdict.crossover < 1_000_000
+
+
+def test_the_published_nemotron_command_buys_no_capacity(capsys):
+    command = f"--model {NEMOTRON} --gpus 8 --hardware h200 --context 131072 --tp 8 --dcp 2 --format json"
+    assert main(command.split()) == 0
+    said = json.loads(capsys.readouterr().out)
+    row = next(row for row in said["layouts"] if (row["tp"], row["kvp"], row["mode"]) == (8, 2, "helix-gqa"))
+    plain = next(row for row in said["layouts"] if (row["tp"], row["kvp"]) == (8, 1))
+    assert row["capacity_factor"] == 1 and row["kv_bytes_per_user_gpu"] == plain["kv_bytes_per_user_gpu"]
+    assert "KV capacity does not grow" in said["about"]
+    assert "What grows: attention weights" in said["about"] and "cache steps from 16 to 32" in said["about"]
+    assert "Capacity grows with TP 16, DCP 2" in said["about"]
+    assert said["helix_pays"] is False and "holds each KV head once" in said["reason"]
+
+
+def test_capacity_factors_are_the_layouts_own():
+    """GQA with TP 16 on 8 KV heads: 2. MLA with DCP = TP: KVP."""
+    for row in answer(NEMOTRON, 16, "h200", 1000).rows:
+        if row.tp == 16:
+            assert row.capacity_factor == (2 if row.kvp > 1 else 1) and row.duplication == (1 if row.kvp > 1 else 2)
+    assert {row.capacity_factor for row in answer(R1, 16, "h200", 1000).rows if row.tp == row.kvp == 16} == {16}
+
+
+def test_more_users_than_a_latency_allows_are_not_planned():
+    found = answer(R1, 64, "gb200", 1_000_000, ttl_ms=20)
+    possible = [row for row in found.rows if row.possible]
+    assert found.best.users == max(row.users for row in possible)
+    for row in possible:
+        assert row.latency_ms <= 20 and row.users <= row.users_that_fit
+    assert found.verdict.gains.latency is None
+
+
+def test_nothing_fits_and_too_slow_are_told_apart():
+    nothing = answer(LLAMA, 8, "h100", 1000)
+    assert nothing.best is None and "the weights take at least 1" in nothing.verdict.reason
+    slow = answer(NEMOTRON, 8, "h200", 131072, ttl_ms=0.5)
+    assert slow.best is None and "no layout keeps 0.5 ms a token" in slow.verdict.reason
+
+
+def test_slow_links_are_named():
+    """DeepSeek-R1 over two nodes of eight H100."""
+    found = answer(R1, 16, "h100", 32_768, weights="fp8", kv="fp8")
+    assert found.verdict.pays is False and "slow links: TP 16 leaves the NVLink domain of 8" in found.verdict.reason
+
+
+def test_a_batch_bound_by_arithmetic_is_named():
+    found = answer(LLAMA, 16, "h200", 8192, batch=512, weights="fp8", kv="fp8")
+    assert found.verdict.pays is False and "bound by FFN arithmetic" in found.verdict.reason
+
+
+def test_the_front_holds_what_nothing_beats():
+    found = answer(LLAMA, 64, "gb200", 1_000_000)
+    for row in found.front:
+        better = [
+            other
+            for other in found.rows
+            if other.possible
+            and other.tokens_per_second_user > row.tokens_per_second_user
+            and other.tokens_per_second_gpu > row.tokens_per_second_gpu
+        ]
+        assert not better and row.possible
+
+
+def test_commands_are_those_of_the_layout():
+    found = answer(NEMOTRON, 16, "h200", 8192, kv="fp8")
+    row = next(
+        row for row in found.rows if (row.tp, row.kvp, row.mode, row.backend) == (16, 2, "helix-gqa", "FLASH_ATTN")
+    )
+    assert row.command == (
+        f"vllm serve {NEMOTRON} --tensor-parallel-size 16 --decode-context-parallel-size 2 --helix-mode "
+        "--attention-backend FLASH_ATTN --max-model-len 8192 --kv-cache-dtype fp8 --enforce-eager"
+    )
+    assert "has not proved Helix with an fp8 KV cache" in row.refused_today
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ("--hardware h20", "did you mean h200? known: h100, h200, b200, gb200"),
+        ("--gpus 0", "'0'; allowed: a whole number from 1"),
+        ("--ttl-ms x", "'x'; allowed: a number above 0"),
+        ("--model nobody/nothing", "known: Qwen/Qwen3-235B-A22B"),
+        ("--backend FLASHMLA", "allowed with --backend: FLASH_ATTN, FLASHINFER"),
+        ("--backend NONSENSE", "allowed with --backend: FLASH_ATTN, FLASHINFER"),
+        ("--tp 8", "--tp and --dcp go together"),
+        ("--tp 8 --dcp 3", "TP=8 is not divisible by DCP=3"),
+        ("--tp 16 --dcp 2", "give --gpus 16"),
+        ("--dtype int3", "invalid choice: 'int3'"),
+        ("--block-size 0", "allowed: a whole number from 1"),
+    ],
+)
+def test_questions_without_an_answer_say_what_is_allowed(changed, said, capsys):
+    command = f"--model {NEMOTRON} --gpus 8 --hardware h200 --context 4096 {changed}"
+    assert main(command.split()) == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.out == ""
+
+
+def test_a_folder_is_a_model_too(tmp_path, capsys):
+    from harness.models import RECIPES
+
+    (tmp_path / "config.json").write_text(json.dumps(RECIPES["llama-k4"].config()))
+    assert main(f"--model {tmp_path} --gpus 4 --hardware h200 --context 1000".split()) == 0
+    shown = capsys.readouterr().out
+    assert "Serve " in shown and f"vllm serve {tmp_path}" in shown and "helix-gqa" in shown
+
+
+def test_the_committed_schema_is_that_of_the_document():
+    assert SCHEMA_FILE.read_text() == schema()
