@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,9 +20,8 @@ from harness.ledger import Ledger, now
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, observe, with_capacity
-from harness.oracle.band import Band
-from harness.oracle.bands import Bands
-from harness.result import CellResult
+from harness.oracle.bands import BATCH, TP_SIZE, Bands
+from harness.result import CellResult, Phase
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
@@ -142,7 +142,13 @@ class _Run:
                 # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
                 forced = None if cell.baseline else follow
                 attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), forced, ask)
-                seen = observe(item, attempt, follow, self._band(item), self.judged)
+                if attempt.again is not None:
+                    self.bands.add(cell, BATCH, attempt.transcript, attempt.again)
+                # A baseline is judged by its own other batches, or by the shipped band: never by its difference to TP1.
+                began = time.monotonic()
+                seen = observe(item, attempt, follow, self.bands.of(self._base(item)), self.judged)
+                judging = Phase(name="judge", seconds=round(time.monotonic() - began, 3))
+                attempt = attempt._replace(phases=(*attempt.phases, judging))
                 if item.baseline:
                     base_tokens = self.capacities.get(item.baseline.key)
                     seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
@@ -157,7 +163,7 @@ class _Run:
             complete = attempt is not None and seen.verdict is Verdict.PASS
             self.capacities[cell.key] = attempt.kv_cache_tokens if attempt else None
             if complete and follow is not None:
-                self.bands.measure(cell, attempt.transcript, follow)
+                self.bands.add(cell, TP_SIZE, attempt.transcript, follow)
             self.references[cell.key] = attempt.transcript if complete else None
         result = self._result(item, seen, attempt, started, where)
         self.results[cell.key] = result
@@ -165,10 +171,9 @@ class _Run:
         if item.skip is None:
             self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
 
-    def _band(self, item: PlannedCell) -> Band | None:
-        """The band of the cell's baseline; a baseline is itself judged by the shipped one."""
-        base = item.baseline if item.baseline and not item.cell.baseline else None
-        return self.bands.of(item.cell, base)
+    def _base(self, item: PlannedCell) -> Cell:
+        """The standard-TP cell whose band holds for `item`: itself for a baseline, else the one it is compared with."""
+        return item.cell if item.cell.baseline or item.baseline is None else item.baseline
 
     def _no_baseline(self, baseline: Cell) -> str:
         if baseline.key not in self.references:

@@ -16,7 +16,7 @@ from harness.server.launch import make_launch
 from harness.server.log import Failure, read_log, tail
 from harness.server.process import Limits, Server, ServerFailed
 from harness.transcript import Transcript
-from harness.workload import workload_of
+from harness.workload import Workload, workload_of
 from helix_runtime.proof import RankProof, read_proofs
 
 
@@ -24,7 +24,7 @@ class Attempt(NamedTuple):
     """What one run of a cell's server gave.
 
     `failure` is why it ended early, or None; `started` is whether it was ready before that; `transcript` is None
-    unless all was asked.
+    unless all was asked. `again` is a baseline's second answer, in other batches, where the null band needs it.
     """
 
     started: bool
@@ -34,6 +34,7 @@ class Attempt(NamedTuple):
     kv_cache_tokens: int | None
     log_tail: str
     phases: tuple[Phase, ...]
+    again: Transcript | None = None
 
 
 class LocalExecutor:
@@ -45,7 +46,7 @@ class LocalExecutor:
         self._live: set[Server] = set()
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
-        """Start `cell` in `folder` (its log, proofs and transcript), ask its workload following `follow`, and stop.
+        """Start `cell` in `folder` (log, proofs, workload, transcript), ask its workload following `follow`, and stop.
 
         Without `ask` it is stopped as soon as it is ready. Server failures are in the attempt; NotForced,
         RuntimeError (no port) and OSError are raised.
@@ -53,7 +54,7 @@ class LocalExecutor:
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         phases: list[Phase] = []
-        started, failure, transcript = False, None, None
+        started, failure, transcript, again = False, None, None, None
         log = folder / "server.log"
         with lease_port() as port:
             with _timed("model", phases):
@@ -65,9 +66,16 @@ class LocalExecutor:
                     server.start()
                 started = True
                 if ask:
+                    workload = _workload(cell)
+                    (folder / "workload.json").write_text(workload.model_dump_json())  # for other engines to answer
                     with _timed("workload", phases):
-                        transcript = self._ask(server, cell, follow)
+                        transcript = answer_all(server, cell, workload, dtype_of(cell), follow)
                     transcript.save(folder / "transcript.json")
+                    # On CPU rows of a batch do not change each other's sums (seen identical): nothing to measure.
+                    if cell.baseline and cell.hardware != "cpu":
+                        with _timed("null band", phases):
+                            again = _answer_in_other_batches(server, cell, workload)
+                        again.save(folder / "again.json")
             except ServerFailed as failed:
                 failure = failed.failure
             finally:
@@ -76,7 +84,8 @@ class LocalExecutor:
                     server.stop()
                 self._live.discard(server)
         text = read_log(log)
-        return Attempt(started, failure, transcript, proofs, server.kv_cache_tokens(), tail(text), tuple(phases))
+        tokens = server.kv_cache_tokens()
+        return Attempt(started, failure, transcript, proofs, tokens, tail(text), tuple(phases), again)
 
     def end_all(self) -> None:
         """Kill every running server now, without grace."""
@@ -84,10 +93,17 @@ class LocalExecutor:
         for server in list(self._live):
             server.stop(now=True)
 
-    def _ask(self, server: Server, cell: Cell, follow: Transcript | None) -> Transcript:
-        model = shape_of(cell.model)
-        workload = workload_of(cell, model.vocab_size, model.max_position_embeddings)
-        return answer_all(server, cell, workload, dtype_of(cell), follow)
+
+def _answer_in_other_batches(server: Server, cell: Cell, workload: Workload) -> Transcript:
+    """The same prompts once more: what was asked alone goes together, what went together goes alone."""
+    prompts = tuple(prompt.model_copy(update={"batch": int(not prompt.batch)}) for prompt in workload.prompts)
+    answers = answer_all(server, cell, workload.model_copy(update={"prompts": prompts}), dtype_of(cell))
+    return answers.model_copy(update={"workload_key": workload.key})
+
+
+def _workload(cell: Cell) -> Workload:
+    model = shape_of(cell.model)
+    return workload_of(cell, model.vocab_size, model.max_position_embeddings)
 
 
 def shape_of(model: str):

@@ -1,5 +1,6 @@
 """The null bands of one run: measured from its own baselines, saved in its folder, the shipped ones behind them."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from harness.cell import Cell
@@ -8,32 +9,37 @@ from harness.oracle.band import Band, shipped, spread_of
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.transcript import Transcript
 
+TP_SIZE = "tp size"
+BATCH = "batch composition"
+
 
 class Bands:
-    """Bands by the key of the baseline that they were measured with."""
+    """Bands by the key of the baseline that they were measured with. A band is measured anew with each pair."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.pairs: dict[str, list[NullPair]] = defaultdict(list)
         self.measured: dict[str, Band] = {}
+        self.problems: dict[str, str] = {}  # why a baseline has no band of its own
 
-    def measure(self, cell: Cell, transcript: Transcript, tp1: Transcript) -> str:
-        """The band of baseline `cell` from its difference to TP1. Returns why there is none, or nothing."""
-        pairs = [NullPair("tp size", transcript, tp1)]
+    def add(self, cell: Cell, kind: str, transcript: Transcript, other: Transcript) -> None:
+        """Count the difference of baseline `cell`'s transcript to another of standard TP as null."""
+        self.pairs[cell.key].append(NullPair(kind, transcript, other))
         spread = spread_of(transcript.dtype, cell.model)
-        name = f"{cell.model} {transcript.dtype} tp{cell.tp}, this run"
+        name = f"of this run ({cell.model}, {transcript.dtype}, TP{cell.tp})"
         try:
-            band = calibrate(pairs, name=name, model=cell.model, spread=spread)
+            band = calibrate(self.pairs[cell.key], name=name, model=cell.model, spread=spread)
         except ValueError as problem:
-            return str(problem)
+            self.problems[cell.key] = str(problem)
+            return
         self.measured[cell.key] = band
         self.folder.mkdir(parents=True, exist_ok=True)
         band.save(self.folder / f"{cell.key}.json")
-        return ""
 
-    def of(self, cell: Cell, baseline: Cell | None) -> Band | None:
-        """The band measured with `baseline`, else the shipped one of the cell's dtype and kind of model, else None."""
-        if baseline is not None and baseline.key in self.measured:
-            return self.measured[baseline.key]
+    def of(self, cell: Cell) -> Band | None:
+        """The band measured with baseline `cell`, else the shipped one of its dtype and kind of model, else None."""
+        if cell.key in self.measured:
+            return self.measured[cell.key]
         try:
             return shipped(dtype_of(cell), cell.model)
         except KeyError:

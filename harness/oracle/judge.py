@@ -5,7 +5,7 @@ import math
 from harness.frozen import Frozen
 from harness.oracle.band import RUN_RATE, Band
 from harness.oracle.compare import Comparison, StepChange, bin_ends, compare
-from harness.oracle.measure import NO_NUMBER, Rates, measure
+from harness.oracle.measure import NO_NUMBER, Rates, beyond, measure
 from harness.result import CurvePoint, Difference, Statistic
 from harness.transcript import Transcript
 
@@ -47,7 +47,7 @@ def judge(
     found = compare(baseline, candidate)
     rates = Rates(rate / max(1, cells))
     statistics = measure(found, band, rates)
-    beyond = [item for item in statistics if item.bound is not None and not item.value <= item.bound]
+    alarms = beyond(statistics)
     curve = _curve(found, band, rates)
     told = (
         f"null band {band.name}: {sum(source.steps for source in band.sources if source.used):,} steps; "
@@ -55,14 +55,14 @@ def judge(
     )
     common = {
         "forced": found.forced, "statistics": statistics, "curve": curve, "band": told,
-        "beyond": tuple(item.name for item in beyond),
+        "beyond": tuple(item.name for item in alarms),
     }  # fmt: skip
-    if not beyond:
+    if not alarms:
         return Judgement(agree=bool(found.steps), reason=_agreement(found, statistics), **common)
     worst = sorted(found.steps, key=lambda step: -step.widest)[:SHOWN]
     return Judgement(
         agree=False,
-        reason=_disagreement(found, beyond),
+        reason=_disagreement(found, alarms),
         differences=tuple(_difference(step, baseline, candidate) for step in worst),
         **common,
     )
@@ -78,9 +78,9 @@ def _agreement(found: Comparison, statistics: tuple[Statistic, ...]) -> str:
     return said
 
 
-def _disagreement(found: Comparison, beyond: list[Statistic]) -> str:
+def _disagreement(found: Comparison, alarms: list[Statistic]) -> str:
     """A missing answer says more than the numbers that it made infinite; then the first statistic in order."""
-    first = beyond[0]
+    first = alarms[0]
     reason = f"{first.name} is {first.value:.3g} {first.unit}, bound {first.bound:.3g}"
     if first.note:
         reason += f" ({first.note})"

@@ -55,6 +55,11 @@ def measure(found: Comparison, band: Band, rates: Rates) -> tuple[Statistic, ...
     )
 
 
+def beyond(statistics: Sequence[Statistic]) -> list[Statistic]:
+    """Those beyond their bounds, NaN included."""
+    return [item for item in statistics if item.bound is not None and not item.value <= item.bound]
+
+
 def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates, rate: float) -> list[Statistic]:
     if not steps:
         return []

@@ -14,6 +14,11 @@ class Saved(NamedTuple):
     transcript: Transcript
 
     @property
+    def key(self) -> str:
+        """Tells transcripts apart, also those of one cell."""
+        return str(self.path)
+
+    @property
     def mode(self) -> str:
         return self.transcript.cell_id.split("/")[1]
 
@@ -35,7 +40,7 @@ def find(folders: Iterable[Path]) -> list[Saved]:
     found: dict[str, Saved] = {}
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.json")):
-            if path.name != "transcript.json" and "transcripts" not in path.parts:
+            if path.name != "transcript.json" and not path.name.startswith("set-"):
                 continue
             transcript = Transcript.load(path)
             if all(answer.steps for answer in transcript.answers):
@@ -46,7 +51,8 @@ def find(folders: Iterable[Path]) -> list[Saved]:
 def pairs(saved: Iterable[Saved]) -> Iterator[tuple[Saved, Saved]]:
     """(baseline, candidate) of every two that can be compared: same model, dtype and prompts, the first standard TP.
 
-    A candidate that was made to follow is paired with the baseline that it followed, and no other.
+    A candidate that was made to follow is paired with those that hold the same tokens: the one that it followed, and
+    what else was made to follow that.
     """
     saved = list(saved)
     for first in saved:
@@ -57,7 +63,7 @@ def pairs(saved: Iterable[Saved]) -> Iterator[tuple[Saved, Saved]]:
             same = (a.workload_key, a.dtype, first.model) == (b.workload_key, b.dtype, second.model)
             if first is second or not same:
                 continue
-            if not _forced(b) or _follows(b, a):
+            if not _forced(b) or _same_tokens(b, a):
                 yield first, second
 
 
@@ -65,6 +71,6 @@ def _forced(transcript: Transcript) -> bool:
     return any(answer.forced for answer in transcript.answers)
 
 
-def _follows(candidate: Transcript, baseline: Transcript) -> bool:
+def _same_tokens(candidate: Transcript, baseline: Transcript) -> bool:
     tokens = {answer.prompt: [step.token_id for step in answer.steps] for answer in baseline.answers}
     return all(tokens.get(answer.prompt) == [step.token_id for step in answer.steps] for answer in candidate.answers)

@@ -1,0 +1,190 @@
+"""How often does the oracle alarm on right servers? `python -m harness.oracle.alarms FOLDER … [--json FILE]`.
+
+FOLDERs hold saved transcripts of right servers (`python -m harness starts`). Two are compared when they hold the same
+tokens of the same model, dtype and prompts, and the first is standard TP. Each comparison is judged by a band measured
+from two other standard-TP transcripts on the same prompts, never from the candidate, at several stated rates.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.frozen import Frozen
+from harness.oracle.band import Band, spread_of
+from harness.oracle.calibrate import FLOOR, NullPair, calibrate
+from harness.oracle.compare import Comparison, compare
+from harness.oracle.measure import Rates, beyond, measure
+from harness.oracle.saved import Saved, find, pairs
+from harness.oracle.statistics import exact_interval, upper_share
+
+#: Rates a comparison is judged at: alone at 10, 1 and 0.1 %, and as one of 50 cells of a run at 1 %.
+RATES = (0.1, 0.01, 0.001, 0.01 / 50)
+
+
+class Rate(Frozen):
+    """Alarms of `n` comparisons at one stated rate a comparison; `low`, `high`: exact 95 % interval of their share.
+
+    `upper`: one-sided exact 95 % upper bound of the share.
+    """
+
+    stated: float
+    alarms: int
+    n: int
+    low: float
+    high: float
+    upper: float
+
+
+class Group(Frozen):
+    """The comparisons of one kind: alarms at each of the rates of `RATES`."""
+
+    name: str
+    n: int
+    alarms: tuple[int, ...]
+
+
+class Alarm(Frozen):
+    """One alarm: what was compared, the least stated rate at which it came, and the statistics beyond their bounds."""
+
+    baseline: str
+    candidate: str
+    workload: str
+    rate: float
+    beyond: tuple[str, ...]
+
+
+class Table(Frozen):
+    """`identical` comparisons had no change in any step; they are not counted among the `n` of `rates`."""
+
+    transcripts: int
+    steps: int
+    identical: int
+    rates: tuple[Rate, ...]
+    groups: tuple[Group, ...]
+    alarms: tuple[Alarm, ...]
+
+
+class Judged(NamedTuple):
+    first: Saved
+    second: Saved
+    found: Comparison
+    alarms: tuple[tuple[str, ...], ...]  # statistics beyond their bounds, for each rate
+
+
+def judged(saved: Sequence[Saved]) -> Iterator[Judged]:
+    """Every comparison that has a band of its own."""
+    partners: dict[str, list[Saved]] = defaultdict(list)
+    all_pairs = list(pairs(saved))
+    for first, second in all_pairs:
+        if second.mode == "standard-tp":
+            partners[first.key].append(second)
+    bands: dict[tuple[str, str], Band | None] = {}
+    for first, second in all_pairs:
+        partner = next((other for other in _nulls(first, partners[first.key]) if other.key != second.key), None)
+        if partner is None or (second.key < first.key and second.mode == "standard-tp"):
+            continue  # two of standard TP are compared once
+        if (first.key, partner.key) not in bands:
+            bands[first.key, partner.key] = _band(first, partner)
+        band = bands[first.key, partner.key]
+        if band is not None:
+            found = compare(first.transcript, second.transcript)
+            alarms = tuple(tuple(item.name for item in beyond(measure(found, band, Rates(rate)))) for rate in RATES)
+            yield Judged(first, second, found, alarms)
+
+
+def _nulls(first: Saved, partners: Sequence[Saved]) -> list[Saved]:
+    """Partners in the order in which a run would take them: another TP size, TP1 before others."""
+    return sorted((other for other in partners if other.tp != first.tp), key=lambda other: (other.tp, other.key))
+
+
+def _band(first: Saved, partner: Saved) -> Band | None:
+    model = f"recipe:{first.model}"
+    pair = NullPair("tp size", first.transcript, partner.transcript)
+    try:
+        return calibrate([pair], name="alarms", model=model, spread=spread_of(first.transcript.dtype, model))
+    except ValueError:
+        return None
+
+
+def table(saved: Sequence[Saved]) -> Table:
+    counted: list[Judged] = []
+    identical = steps = 0
+    for item in judged(saved):
+        if all(step.widest <= FLOOR for step in item.found.steps):
+            identical += 1
+            continue
+        steps += len(item.found.steps)
+        counted.append(item._replace(found=None))
+    groups: dict[str, list[Judged]] = defaultdict(list)
+    for item in counted:
+        groups[f"{item.second.transcript.dtype}, {item.first.model}, {item.second.mode}"].append(item)
+    n = len(counted)
+    rates = []
+    for index, rate in enumerate(RATES):
+        hits = sum(bool(item.alarms[index]) for item in counted)
+        low, high = exact_interval(hits, n) if n else (0.0, 1.0)
+        upper = upper_share(hits, n) if n else 1.0
+        rates.append(Rate(stated=rate, alarms=hits, n=n, low=low, high=high, upper=upper))
+    return Table(
+        transcripts=len(saved), steps=steps, identical=identical, rates=tuple(rates),
+        groups=tuple(
+            Group(
+                name=name, n=len(items),
+                alarms=tuple(sum(bool(item.alarms[index]) for item in items) for index in range(len(RATES))),
+            )
+            for name, items in sorted(groups.items())
+        ),
+        alarms=tuple(_alarm(item) for item in counted if any(item.alarms)),
+    )  # fmt: skip
+
+
+def _alarm(item: Judged) -> Alarm:
+    rate, names = min((rate, names) for rate, names in zip(RATES, item.alarms, strict=True) if names)
+    return Alarm(
+        baseline=item.first.transcript.cell_id, candidate=item.second.transcript.cell_id,
+        workload=item.first.transcript.workload_key, rate=rate, beyond=names,
+    )  # fmt: skip
+
+
+def told(made: Table) -> str:
+    """The table as Markdown."""
+    lines = [
+        f"{made.rates[0].n} comparisons of {made.transcripts} transcripts, {made.steps:,} steps; "
+        f"{made.identical} more were identical in every step and are not counted.",
+        "",
+        "| stated rate of a comparison | alarms | share, exact 95 % interval | upper 95 % bound |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {rate.stated:.2%} | {rate.alarms} of {rate.n} | {rate.alarms / max(1, rate.n):.2%} "
+        f"({rate.low:.2%} – {rate.high:.2%}) | {rate.upper:.2%} |"
+        for rate in made.rates
+    ]
+    stated = " | ".join(f"at {rate:.2%}" for rate in RATES)
+    lines += ["", f"| dtype, model, mode | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]
+    lines += [f"| {group.name} | {group.n} | {' | '.join(map(str, group.alarms))} |" for group in made.groups]
+    if made.alarms:
+        lines += ["", "Alarms:", ""]
+    lines += [
+        f"- at {alarm.rate:.2%}: `{alarm.candidate}` against `{alarm.baseline}`: {', '.join(alarm.beyond)}"
+        for alarm in made.alarms
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.oracle.alarms", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
+    options = parser.parse_args(argv)
+    made = table([item for item in find(options.folders) if not item.fault])
+    print(told(made))
+    if options.json:
+        options.json.write_text(made.model_dump_json(indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
