@@ -56,6 +56,7 @@ class Answer(Frozen):
     `prompt`: its name, the same in both transcripts. `kind`: its class, for statistics. `prompt_length`: tokens.
     `batch`: the number of the group of prompts that were sent at the same time, 0: alone. `forced`: the tokens were
     imposed (those of the baseline); where they were chosen freely, two answers are compared up to where they part.
+    `waived`: tokens that were asked for and not waited for, because the client hung up after these steps.
     """
 
     prompt: str
@@ -64,6 +65,16 @@ class Answer(Frozen):
     batch: int = Field(ge=0)
     forced: bool
     steps: tuple[Step, ...]
+    waived: int = 0
+
+
+class Counts(Frozen):
+    """What the server itself counted while it was asked (`/metrics`): tokens generated and, of prompts, served from the
+    prefix cache; preemptions."""
+
+    generated: int
+    cached: int
+    preempted: int
 
 
 class Transcript(Frozen):
@@ -71,7 +82,7 @@ class Transcript(Frozen):
 
     `workload_key` must be the same in both transcripts: any text that names the prompts. `cell_id` says in words what
     answered, and `cell_key` is a hash of it; another engine may write what it likes. `dtype` is what it computed in
-    (`float32`, `bfloat16`, `float16`).
+    (`float32`, `bfloat16`, `float16`). `counts` is None for a server that counts nothing.
     """
 
     schema_version: Literal[1] = SCHEMA
