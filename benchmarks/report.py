@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [CELLS] [--ledger DIR] [--keep DIR]
 
-The cells are copies of those that ran in the committed CPU evidence (or in DIR), each with an option of its own, so that
-logs, proofs, statistics and differences are real. The filter is timed in Chromium, from the input event to the next frame,
-as the page does it, at every letter of a word and every choice of a list.
+The cells are copies of those that ran in the committed CPU evidence (or in DIR), each with an option of its own, so
+that logs, proofs and statistics are real. The filter is timed in Chromium, from the input event to the end of the layout, at
+the letters of a word and at choices of a list.
 """
 
 import argparse
@@ -47,9 +47,8 @@ def main() -> None:
         page = report.write(run_dir)
         took = time.perf_counter() - began
         size = page.stat().st_size
-        print(
-            f"{options.cells:,} cells: built in {took:.1f} s, page {size / 1e6:.1f} MB ({size / options.cells:,.0f} B a cell)"
-        )
+        each = f"{size / options.cells:,.0f} B a cell"
+        print(f"{options.cells:,} cells: built in {took:.1f} s, page {size / 1e6:.1f} MB ({each})")
         time_filter(page)
 
 
@@ -58,7 +57,8 @@ def make(source: Path, run_dir: Path, count: int) -> None:
     ran = [one for one in load(source).results if one.effect is not Effect.NEUTRAL]
     run_dir.mkdir(parents=True)
     with (run_dir / ledger.NAME).open("w") as stream:
-        stream.write(json.dumps({"event": "run-start", "run": "benchmark", "time": ledger.now(), "planned": []}) + "\n")
+        start = {"event": "run-start", "run": "benchmark", "time": ledger.now(), "planned": []}
+        stream.write(json.dumps(start) + "\n")
         for number in range(count):
             one = ran[number % len(ran)]
             cell = one.cell.model_copy(update={"serve": (*one.cell.serve, ("copy", number))})
@@ -83,8 +83,8 @@ def time_filter(page: Path) -> None:
         times = [tab.evaluate(TIMED, list(step)) for _ in range(3) for step in steps]
         script, shown = zip(*times, strict=True)
         print(
-            f"opened in {opened:.1f} s; filter: script median {statistics.median(script):.0f} ms, most {max(script):.0f}; "
-            f"with layout median {statistics.median(shown):.0f} ms, most {max(shown):.0f} ({len(times)} inputs)"
+            f"opened in {opened:.1f} s; filter, {len(times)} inputs: script median {statistics.median(script):.0f} ms, "
+            f"most {max(script):.0f}; with layout median {statistics.median(shown):.0f} ms, most {max(shown):.0f}"
         )
         browser.close()
 

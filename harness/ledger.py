@@ -1,14 +1,18 @@
 """The ledger of a run: append-only NDJSON, one event a line, on disk before the next step is taken."""
 
 import json
+import lzma
 import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic_core import from_json
+
 from harness.result import CellResult
 
 NAME = "ledger.ndjson"
+PACKED = f"{NAME}.xz"  # how committed evidence keeps it
 
 
 class Ledger:
@@ -45,16 +49,32 @@ class Ledger:
                 os.close(descriptor)
 
 
+def find(run_dir: Path) -> Path:
+    """The ledger in `run_dir`: plain, or packed where only that is there. It need not exist."""
+    plain, packed = run_dir / NAME, run_dir / PACKED
+    return packed if packed.exists() and not plain.exists() else plain
+
+
+def read_bytes(path: Path) -> bytes:
+    """The ledger's lines, unpacked. OSError where it cannot be read, a damaged packed file included."""
+    if path.suffix != ".xz":
+        return path.read_bytes()
+    try:
+        return lzma.decompress(path.read_bytes())
+    except lzma.LZMAError as problem:
+        raise OSError(f"not a whole xz file: {problem}") from problem
+
+
 def read(path: Path) -> tuple[list[dict], list[str]]:
     """(events, warnings). A torn last line, as a crash leaves it, is a warning, and so is any line that is no event."""
     events: list[dict] = []
     warnings: list[str] = []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
+            event = _value(line)
             if not isinstance(event, dict) or "event" not in event:
                 raise ValueError("no event")
             events.append(event)
@@ -62,6 +82,14 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
             torn = "torn last line" if number == len(lines) else f"not an event ({error})"
             warnings.append(f"{path.name}:{number}: {torn}")
     return events, warnings
+
+
+def _value(line: bytes) -> object:
+    """pydantic's parser, which is several times as fast; json's for what only that accepts, as unpaired surrogates."""
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line)
 
 
 def results(events: list[dict]) -> list[CellResult]:

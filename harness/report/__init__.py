@@ -1,40 +1,45 @@
 """Ledger in, report out: one page a run, an index over runs, and the same facts for machines.
 
-report.write(run_dir)    run_dir/ledger.ndjson -> index.html, results.json, results.csv, junit.xml, summary.md
-report.frame(run_dir)    the run as a pandas DataFrame, one row a cell
-report.index(reports)    reports/index.html over the committed evidence and the local runs
+report.write(run_dir)      the ledger -> index.html, results.json, .csv and .parquet, junit.xml, summary.md, badge.svg
+report.frame(run_dir)      the run as a pandas DataFrame, one row a cell
+report.history(reports)    all runs as one DataFrame, one row a cell and run
+report.index(reports)      reports/index.html over the committed evidence and the local runs
 """
 
 from pathlib import Path
 
 import pandas as pd
 
-from harness.report import junit, machine, markdown, page
+from harness.report import badge, junit, machine, markdown, page, store
+from harness.report import history as runs
 from harness.report.index import index
+from harness.report.past import past_of
 from harness.report.run import load
 from harness.report.table import tabulate
 
-__all__ = ["frame", "index", "write"]
+__all__ = ["frame", "history", "index", "write"]
 
 
-def write(run_dir: Path) -> Path:
+def write(run_dir: Path, reports: Path | None = None) -> Path:
     """Draw the report of one run beside its ledger and return the page's path.
 
+    `reports` is the folder of runs to compare with; without it, the one that `run_dir` lies in as `DIR/runs/NAME`.
     Never fails on what the ledger holds: a record that cannot be used is named on the page instead.
     """
     run = load(run_dir)
     table = tabulate(run)
+    _put(run_dir / store.NAME, store.parquet(run, table, store.digest_of(run_dir)))
+    past = past_of(run_dir, reports)
     outputs = {
         "results.json": machine.results_json(run, table),
         "results.csv": machine.results_csv(table),
         "junit.xml": junit.junit_xml(run),
-        "summary.md": markdown.summary(run, table),
-        "index.html": page.render(run, table),
+        "summary.md": markdown.summary(run, table, past.changes[0] if past.changes else None),
+        "badge.svg": badge.badge(run),
+        "index.html": page.render(run, table, run_dir, past),
     }
     for name, text in outputs.items():
-        scratch = run_dir / f".{name}.tmp"
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-        scratch.replace(run_dir / name)  # a reader never sees half a page
+        _put(run_dir / name, text.encode())
     return run_dir / "index.html"
 
 
@@ -43,4 +48,19 @@ def frame(run_dir: Path) -> pd.DataFrame:
 
     One row a cell; the columns are `harness.report.table.COLUMNS` and `stat:NAME` for each statistic of the oracle.
     """
-    return tabulate(load(run_dir))
+    return tabulate(load(Path(run_dir)))
+
+
+def history(reports: Path) -> pd.DataFrame:
+    """All runs below `reports` as one table, a row a cell and run, the oldest run first (`place` 0).
+
+    The columns of `frame`, with `place` and the run's `folder` in front.
+    """
+    return runs.frame(runs.find_runs(Path(reports)))
+
+
+def _put(path: Path, content: bytes) -> None:
+    """A reader never sees half a file."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_bytes(content)
+    scratch.replace(path)

@@ -1,157 +1,178 @@
 """What the page says of one cell, worked out before the template sees it."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from harness.report import drawing
+from harness.report.past import CellPast
+from harness.report.proofs import Proof, proof_of
+from harness.report.run import Try
+from harness.report.sidebyside import SideBySide, side_by_side
 from harness.report.square import column_of
-from harness.report.text import clean, fragment, number, packed, rerun, seconds, table_row
-from harness.result import CellResult, Difference
+from harness.report.table import nearness
+from harness.report.text import clean, fragment, number, packed, rerun, seconds
+from harness.result import CellResult, Statistic
 from harness.verdict import TABLE, Effect
 
-#: Order and headings of the proof's columns; fields that are not named here come after, under their own name.
-_PROOF = {
-    "rank": "rank",
-    "tpa_rank": "TPA rank",
-    "kvp_rank": "KVP rank",
-    "group_ranks": "exchange group",
-    "backend": "backend",
-    "impl": "attention",
-    "combine": "combine",
-    "combine_impl": "combined by",
-    "group_size": "group size",
-    "tp": "TP",
-    "kvp": "KVP",
-    "tpa": "TPA",
-    "helix": "Helix",
-    "interleave": "interleave",
-    "lse_base": "LSE base",
-    "self_test": "self-test",
-    "model_runner": "model runner",
-    "vllm_version": "vLLM",
-    "decode_attention": "decode attention calls",
-    "decode_combine": "decode combines",
-    "prefill_attention": "prefill attention calls",
-    "prefill_combine": "prefill combines",
-    "empty_shard": "empty shards",
-    "local_tokens": "KV tokens here",
-    "global_tokens": "KV tokens seen",
-}
-#: Always a column, also where all ranks agree: a rank that ran no combine must be seen at once.
-_ALWAYS = {"rank", "tpa_rank", "kvp_rank", "group_ranks", "decode_attention", "decode_combine", "local_tokens"}
 _LOG_LINES = 12
+#: A whole log travels inside the page up to this size, compressed; a longer one is linked.
+_LOG_BYTES = 6_000
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Proof of path: what is the same on every rank, and a table of the rest."""
+class Row:
+    """A cell's line in the list of cells. Facets are what the page filters by."""
 
-    common: list[tuple[str, str]]
-    head: list[str]
-    rows: list[Markup]  # the cells of a row
-
-
-@dataclass(frozen=True)
-class Token:
-    token: int
-    logprob: str
-    delta: str  # cell minus baseline; empty: not in the other side's top-k
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    prompt: str
-    step: int
-    position: int
-    gap: str
-    swapped: bool  # the best tokens differ
-    rows: list[tuple[Token | None, Token | None]]
-
-
-@dataclass(frozen=True)
-class CellView:
-    """All text of one cell's row and body. Facets are what the page filters by."""
-
+    number: int  # place in the ledger
     result: CellResult
     kind: str
     column: str
     anchor: str
     options: list[str]
     notes: list[str]
-    meaning: str
     differs: bool
+    severity: int
+    kv_ratio: float | None
+    seconds: float | None
+    nearness: float | None
+    past: CellPast | None
+
+    @property
+    def place(self) -> str:
+        """The square that it is in."""
+        cell = self.result.cell
+        return f"{cell.backend} · {self.column} · {cell.hardware}"
+
+    @property
+    def order(self) -> str:
+        """Numbers to sort by: severity, KV ratio, nearness, seconds; empty where there is none."""
+        values = (self.severity, self.kv_ratio, self.nearness, self.seconds)
+        return " ".join("-" if value is None or value != value else f"{value:.4g}" for value in values)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What opens below the line."""
+
+    result: CellResult
+    meaning: str
     rerun: str
     command: str
     facts: list[tuple[str, str]]
     proof: Proof | None
-    statistics: list[tuple[str, str, str, str, Markup, str]]  # name, value, bound, n, drawing, note
+    statistics: list[tuple[str, str, str, str, str, Markup, str]]  # name, value, interval, bound, n, drawing, note
+    curve: Markup
     plot: Markup
     differences: list[SideBySide]
-    phases: list[tuple[str, str, float]]  # name, seconds, share of all
-    kv: str
+    phases: list[tuple[str, str, str, Markup]]  # name, seconds, the baseline's, drawing
+    kv: list[tuple[str, str, Markup]]  # whose, tokens, drawing
+    kv_said: str
     baseline: str  # fragment of the baseline's cell, if it is in this run
+    attempts: list[Try]  # more than one: all of this run, the oldest first
+    past: CellPast | None
     log_end: str
     log_packed: str
     log_lines: int
-    earlier: tuple[CellResult, ...]
+    log_link: str
 
 
-def view(
-    result: CellResult,
-    kind: str,
-    baseline: CellResult | None = None,
-    earlier: tuple[CellResult, ...] = (),
-    whole_log: bool = False,
-) -> CellView:
-    """`baseline` is the result that `result.baseline_id` names, where this run has it.
-
-    `whole_log`: the caller compresses the body, so the log need not be compressed for itself.
-    """
-    cell = result.cell
-    lines = clean(result.log_tail).rstrip().splitlines()
-    whole = whole_log or len(lines) <= _LOG_LINES
-    total = sum(phase.seconds for phase in result.phases)
+def row_of(
+    number: int, result: CellResult, kind: str, severity: int, baseline: CellResult | None, past: CellPast | None
+) -> Row:
+    """`baseline` is the result that `result.baseline_id` names, where this run has it."""
     options, notes = _options(result)
-    return CellView(
+    tokens = baseline.kv_cache_tokens if baseline else None
+    return Row(
+        number=number,
         result=result,
         kind=kind,
-        column=column_of(cell),
-        anchor=fragment(cell=cell.id),
+        column=column_of(result.cell),
+        anchor=fragment(cell=result.cell.id),
         options=options,
         notes=notes,
-        meaning=TABLE[result.verdict].sentence,
         differs=result.effect is Effect.DIFFERS,
-        rerun=rerun(cell.id),
-        command=result.command or cell.shown(),
-        facts=_facts(result),
-        proof=_proof(result.proof),
-        statistics=[
-            (
-                statistic.name,
-                f"{number(statistic.value)} {statistic.unit}".strip(),
-                "none" if statistic.bound is None else f"{number(statistic.bound)} {statistic.unit}".strip(),
-                f"{statistic.n:,}",
-                drawing.against_bound(statistic),
-                statistic.note,
-            )
-            for statistic in result.statistics
-        ],
-        plot=drawing.gaps(result.differences),
-        differences=[_side_by_side(difference) for difference in result.differences],
-        phases=[(phase.name, seconds(phase.seconds), _share(phase.seconds, total)) for phase in result.phases],
-        kv=_kv(result, baseline),
-        baseline=fragment(cell=baseline.cell.id) if baseline else "",
-        log_end="\n".join(lines if whole else lines[-_LOG_LINES:]),
-        log_packed="" if whole else packed("\n".join(lines)),
-        log_lines=len(lines),
-        earlier=earlier,
+        severity=severity,
+        kv_ratio=result.kv_cache_tokens / tokens if result.kv_cache_tokens and tokens else None,
+        seconds=sum(phase.seconds for phase in result.phases) if result.phases else None,
+        nearness=nearness(result.statistics),
+        past=past,
     )
 
 
-def _share(part: float, total: float) -> float:
-    """`part` of `total` as 0 to 1; 0 where the numbers make no sense."""
-    return part / total if 0 <= part <= total and 0 < total < float("inf") else 0.0
+def body_of(
+    row: Row,
+    baseline: CellResult | None = None,
+    earlier: tuple[CellResult, ...] = (),
+    tries: tuple[Try, ...] = (),
+    log: Path | None = None,
+    run_dir: Path | None = None,
+    whole_log: bool = False,
+) -> Body:
+    """`log`: the cell's whole log, where it is on this disk. `whole_log`: the caller compresses the body."""
+    result = row.result
+    text, link = _log(result, log, run_dir)
+    lines = clean(text).rstrip().splitlines()
+    whole = whole_log or len(lines) <= _LOG_LINES
+    return Body(
+        result=result,
+        meaning=TABLE[result.verdict].sentence,
+        rerun=rerun(result.cell.id),
+        command=result.command or result.cell.shown(),
+        facts=_facts(result),
+        proof=proof_of(result.proof),
+        statistics=[_statistic(one) for one in result.statistics],
+        curve=drawing.curve(result.curve),
+        plot=drawing.gaps(result.differences),
+        differences=side_by_side(result.differences),
+        phases=_phases(result, baseline),
+        kv=_kv(result, baseline),
+        kv_said="" if row.kv_ratio is None else f"{row.kv_ratio:.2f} × the baseline's",
+        baseline=fragment(cell=baseline.cell.id) if baseline else "",
+        attempts=_attempts(result, earlier, tries),
+        past=row.past,
+        log_end="\n".join(lines if whole else lines[-_LOG_LINES:]),
+        log_packed="" if whole else packed("\n".join(lines)),
+        log_lines=len(lines),
+        log_link=link,
+    )
+
+
+def _attempts(result: CellResult, earlier: tuple[CellResult, ...], tries: tuple[Try, ...]) -> list[Try]:
+    """As the ledger noted them; else the results of this run that later ones replaced, and the last."""
+    if tries:
+        return list(tries) if len(tries) > 1 else []
+    if not earlier:
+        return []
+    return [
+        Try(number=number, verdict=one.verdict, reason=one.reason, time=one.started)
+        for number, one in enumerate((*earlier, result), start=1)
+    ]
+
+
+def _log(result: CellResult, log: Path | None, run_dir: Path | None) -> tuple[str, str]:
+    """(text to show, link): the whole log where it is small, else the recorded tail and a link to the file."""
+    if log is None or run_dir is None:
+        return result.log_tail, ""
+    link = quote(log.relative_to(run_dir).as_posix())
+    try:
+        if log.stat().st_size > 20 * _LOG_BYTES:
+            return result.log_tail, link
+        text = log.read_text(errors="replace")
+    except OSError:
+        return result.log_tail, ""
+    return (text, link) if len(packed(text)) <= _LOG_BYTES else (result.log_tail, link)
+
+
+def _statistic(one: Statistic) -> tuple[str, str, str, str, str, Markup, str]:
+    def shown(value: float) -> str:
+        return f"{number(value)} {one.unit}".strip()
+
+    interval = f"{number(one.low)} to {number(one.high)}" if one.low is not None and one.high is not None else ""
+    bound = "none" if one.bound is None else shown(one.bound)
+    return one.name, shown(one.value), interval, bound, f"{one.n:,}", drawing.against_bound(one), one.note
 
 
 def _options(result: CellResult) -> tuple[list[str], list[str]]:
@@ -164,15 +185,19 @@ def _options(result: CellResult) -> tuple[list[str], list[str]]:
         options += [f"interleave {cell.interleave}"]
     shown = set(cell.id.split("/"))
     notes = [f"{name}={value}" for name, value in (*cell.serve, *cell.helix) if f"{name}={value}" in shown]
+    notes += [f"workload={cell.workload}"] if cell.workload != "standard" else []
     return options, notes + ([f"planted defect: {cell.fault}"] if cell.fault else [])
 
 
 def _facts(result: CellResult) -> list[tuple[str, str]]:
     cell = result.cell
+    versions = dict(result.versions)
+    image = versions.pop("image", "")
     facts = [
         ("model", cell.model),
         ("hardware", f"{cell.hardware} ({result.hardware_name})" if result.hardware_name else cell.hardware),
-        *result.versions,
+        *((name, value) for name, value in result.versions if name != "image"),
+        ("image digest", image or "none: a process of the host"),
         ("suites", ", ".join(result.suites) or "none"),
         ("workload", cell.workload),
         ("started", result.started or "not started"),
@@ -182,66 +207,27 @@ def _facts(result: CellResult) -> list[tuple[str, str]]:
     return facts + ([("transcript", result.transcript_digest)] if result.transcript_digest else [])
 
 
-def _kv(result: CellResult, baseline: CellResult | None) -> str:
-    if result.kv_cache_tokens is None:
-        return ""
-    said = f"{result.kv_cache_tokens:,} tokens"
-    if baseline is None or baseline is result or not baseline.kv_cache_tokens:
-        return said
-    ratio = result.kv_cache_tokens / baseline.kv_cache_tokens
-    return f"{said}: {ratio:.2f} × the baseline's {baseline.kv_cache_tokens:,}"
-
-
-def _proof(ranks: tuple[dict, ...]) -> Proof | None:
-    if not ranks:
-        return None
-    flat = []
-    for rank in ranks:
-        counters = rank.get("counters")
-        own = {
-            str(name): _word(value) for name, value in rank.items() if name != "counters" or not isinstance(value, dict)
-        }
-        flat.append({**own, **({str(n): _word(v) for n, v in counters.items()} if isinstance(counters, dict) else {})})
-    named = {name for rank in flat for name in rank}
-    names = [name for name in _PROOF if name in named] + sorted(named - _PROOF.keys())
-    column = {name: [rank.get(name, "–") for rank in flat] for name in names}
-    table = [name for name in names if name in _ALWAYS or len(set(column[name])) > 1]
-    return Proof(
-        common=[(_PROOF.get(name, name), column[name][0]) for name in names if name not in table],
-        head=[_PROOF.get(name, name) for name in table],
-        rows=[table_row([column[name][index] for name in table]) for index in range(len(flat))],
-    )
-
-
-def _word(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value)
-    return str(value)
-
-
-def _side_by_side(difference: Difference) -> SideBySide:
-    gap = drawing.gap(difference)
-    left = _tokens(difference.baseline, difference.candidate, sign=-1)
-    right = _tokens(difference.candidate, difference.baseline, sign=1)
-    height = max(len(left), len(right))
-    pairs = zip(left + [None] * (height - len(left)), right + [None] * (height - len(right)), strict=True)
-    return SideBySide(
-        prompt=difference.prompt,
-        step=difference.step,
-        position=difference.position,
-        gap="baseline's token is not in the cell's top-k" if gap is None else f"|Δ logprob| {number(gap)} nat",
-        swapped=bool(left and right and left[0].token != right[0].token),
-        rows=list(pairs),
-    )
-
-
-def _tokens(side: tuple[tuple[int, float], ...], other: tuple[tuple[int, float], ...], sign: int) -> list[Token]:
-    there = dict(other)
+def _phases(result: CellResult, baseline: CellResult | None) -> list[tuple[str, str, str, Markup]]:
+    """Seconds of each phase, with the baseline's below, on one scale."""
+    other = {phase.name: phase.seconds for phase in baseline.phases} if baseline and baseline is not result else {}
+    mine = [(phase.name, phase.seconds) for phase in result.phases]
+    top = max((value for value in (*other.values(), *(took for _, took in mine)) if 0 <= value < 1e9), default=0.0)
     return [
-        Token(token, f"{logprob:.4f}", f"{sign * (logprob - there[token]):+.4f}" if token in there else "")
-        for token, logprob in side
+        (
+            name,
+            seconds(took),
+            seconds(other[name]) if name in other else "–" if other else "",
+            drawing.pair(took, other.get(name), top),
+        )
+        for name, took in mine
     ]
+
+
+def _kv(result: CellResult, baseline: CellResult | None) -> list[tuple[str, str, Markup]]:
+    if result.kv_cache_tokens is None:
+        return []
+    found = [("this cell", result.kv_cache_tokens)]
+    if baseline is not None and baseline is not result and baseline.kv_cache_tokens:
+        found.append(("baseline", baseline.kv_cache_tokens))
+    top = max(tokens for _, tokens in found)
+    return [(whose, f"{tokens:,} tokens", drawing.pair(tokens, None, top)) for whose, tokens in found]

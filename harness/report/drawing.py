@@ -1,12 +1,15 @@
-"""Small inline SVG: verdict shapes, |Δ logprob| by position, a statistic against its bound."""
+"""Small inline SVG: verdict shapes, KL and |Δ logprob| by position, a statistic against its bound, bars."""
+
+import math
 
 from markupsafe import Markup
 
 from harness.report.text import number
-from harness.result import Difference, Statistic
+from harness.result import CurvePoint, Difference, Statistic
 from harness.verdict import Verdict
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 132, 52, 22
+_WIDTH, _HEIGHT, _LEFT = 640, 132, 52
+_BASE = _HEIGHT - 22  # y of the axis
 
 #: One shape a verdict on a 16 x 16 field, told apart without colour. `f` is filled by the text colour.
 _SHAPES = {
@@ -51,53 +54,124 @@ def gap(difference: Difference) -> float | None:
 
 
 def gaps(differences: tuple[Difference, ...]) -> Markup:
-    """|Δ logprob| of the recorded steps over their position. A hollow mark on top: token not in the cell's top-k."""
+    """|Δ logprob| of the recorded steps over their position. A hollow mark on top: token not in the cell's top-k.
+
+    Only numbers go in, so the parts need no escape.
+    """
     if not differences:
         return Markup("")
     values = [gap(difference) for difference in differences]
     top = max((value for value in values if value is not None), default=0.0) or 1.0
     positions = [difference.position for difference in differences]
     low, high = min(positions), max(positions)
-    span = (high - low) or 1
     marks = []
     for difference, value in zip(differences, values, strict=True):
-        share = (difference.position - low) / span if high > low else 0.5
+        share = (difference.position - low) / (high - low) if high > low else 0.5
         x = _LEFT + 8 + share * (_WIDTH - _LEFT - 20)
-        y = 12 + (_HEIGHT - _BOTTOM - 12) * (1 - (1.0 if value is None else value / top))
+        y = 12 + (_BASE - 12) * (1 - (1.0 if value is None else value / top))
         kind, said = ("miss", "not in the top-k") if value is None else ("hit", f"|Δ| {number(value)} nat")
         marks.append(
-            Markup(
-                '<path class="stem" d="M{x:.1f} {base}V{y:.1f}"/>'
-                '<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
-            ).format(x=x, y=y, base=_HEIGHT - _BOTTOM, kind=kind)
-            + Markup("<title>position {}, step {}: {}</title></circle>").format(
-                difference.position, difference.step, said
-            )
+            f'<path class="stem" d="M{x:.1f} {_BASE}V{y:.1f}"/>'
+            f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+            f"<title>position {difference.position}, step {difference.step}: {said}</title></circle>"
         )
     label = f"|Δ logprob| at {len(values)} recorded steps, positions {low} to {high}, largest {number(top)} nat"
+    foot = _HEIGHT - 6
     return Markup(
-        '<svg class="plot" viewBox="0 0 {w} {h}" role="img" aria-label="{label}">'
-        '<path class="axis" d="M{left} 6V{base}H{w}"/>'
-        '<text x="{tick}" y="16" text-anchor="end">{top}</text><text x="{tick}" y="{base}" text-anchor="end">0</text>'
-        '<text x="{left}" y="{foot}">{low}</text><text x="{w}" y="{foot}" text-anchor="end">{high}</text>'
-        '<text x="{mid}" y="{foot}" text-anchor="middle">position in the sequence</text>{marks}</svg>'
-    ).format(
-        w=_WIDTH, h=_HEIGHT, label=label, left=_LEFT, base=_HEIGHT - _BOTTOM, tick=_LEFT - 6, top=number(top), low=low,
-        high=high, foot=_HEIGHT - 6, mid=(_WIDTH + _LEFT) // 2, marks=Markup("").join(marks),
-    )  # fmt: skip
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
+        f'<path class="axis" d="M{_LEFT} 6V{_BASE}H{_WIDTH}"/>'
+        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">{number(top)}</text>'
+        f'<text x="{_LEFT - 6}" y="{_BASE}" text-anchor="end">0</text>'
+        f'<text x="{_LEFT}" y="{foot}">position {low}</text>'
+        f'<text x="{_WIDTH}" y="{foot}" text-anchor="end">{high}</text>{"".join(marks)}</svg>'
+    )
+
+
+def curve(points: tuple[CurvePoint, ...]) -> Markup:
+    """KL by position against the null band, both axes by ranges: positions in the record's bins, KL by powers of ten.
+
+    Dots: the mean of a bin, filled; its worst step, hollow. Line: the null's mean. Shade: up to the band.
+    """
+    values = [value for point in points for value in (point.kl, point.worst, point.null, point.band)]
+    real = [value for value in values if value is not None and _finite(value) is not None and value > 0]
+    if not real:
+        return Markup("")
+    bottom, top = math.floor(math.log10(min(real))), math.ceil(math.log10(max(real)))
+    top += bottom == top
+    bottom = max(bottom, top - 12)
+    wide = (_WIDTH - _LEFT) / len(points)
+
+    def height(value: float) -> float:
+        """y of a KL: at the foot for 0, at the top for what is no number."""
+        if value != value or value == math.inf:
+            return 10.0
+        share = (math.log10(value) - bottom) / (top - bottom) if value > 0 else 0.0
+        return _BASE - (_BASE - 10) * min(1.0, max(0.0, share))
+
+    parts, line = [], ""
+    for place, point in enumerate(points):
+        left = _LEFT + place * wide
+        middle, right, edge = left + wide / 2, left + wide, height(point.band)
+        parts.append(f'<path class="band" d="M{left:.1f} {_BASE}V{edge:.1f}H{right:.1f}V{_BASE}Z"/>')
+        parts.append(f'<path class="edge" d="M{left:.1f} {edge:.1f}H{right:.1f}"/>')
+        if point.null is not None:
+            line += f"M{left + 4:.1f} {height(point.null):.1f}H{right - 4:.1f}"
+        beyond = " beyond" if not point.worst <= point.band else ""
+        null = "unknown" if point.null is None else number(point.null)
+        said = (
+            f"positions {point.low} to {point.high}: mean {number(point.kl)}, worst {number(point.worst)}, "
+            f"null {null}, band {number(point.band)} nat, {point.n} steps"
+        )
+        mean, worst = height(point.kl), height(point.worst)
+        parts.append(
+            f'<g><title>{said}</title><path class="stem" d="M{middle:.1f} {mean:.1f}V{worst:.1f}"/>'
+            f'<circle class="hit" cx="{middle:.1f}" cy="{mean:.1f}" r="4"/>'
+            f'<circle class="miss{beyond}" cx="{middle:.1f}" cy="{worst:.1f}" r="4"/></g>'
+            f'<text x="{middle:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{_range(point.low, point.high)}</text>'
+        )
+    peak = max(points, key=lambda point: point.worst if point.worst == point.worst else math.inf)
+    label = (
+        f"KL of decode by position, {len(points)} ranges. Worst step {number(peak.worst)} nat, at positions "
+        f"{peak.low} to {peak.high}, where the null band ends at {number(peak.band)} nat"
+    )
+    return Markup(
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}'
+        f'<path class="null" d="{line or "M0 0"}"/><path class="axis" d="M{_LEFT} 6V{_BASE}H{_WIDTH}"/>'
+        f'<text x="{_LEFT - 6}" y="16" text-anchor="end">1e{top}</text>'
+        f'<text x="{_LEFT - 6}" y="{_BASE}" text-anchor="end">1e{bottom}</text></svg>'
+    )
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def against_bound(statistic: Statistic) -> Markup:
     """A bar of the value with a tick at the bound, on a linear scale from 0 to twice the bound (an arrow: beyond)."""
-    if statistic.bound is None or not _finite(statistic.bound) or _finite(statistic.value) is None:
+    bound, value = statistic.bound, statistic.value
+    if bound is None or not _finite(bound) or _finite(value) is None:
         return Markup("")
-    share = abs(statistic.value) / abs(statistic.bound) / 2
-    arrow = Markup('<path class="beyond" d="M112 1.5l8 6.5-8 6.5z"/>') if share > 1 else Markup("")
+    share = abs(value) / abs(bound) / 2
+    arrow = '<path class="beyond" d="M112 1.5l8 6.5-8 6.5z"/>' if share > 1 else ""
     return Markup(
         '<svg class="bar" viewBox="0 0 120 16" aria-hidden="true"><rect class="track" y="5" width="120" height="6"/>'
-        '<rect class="value" y="5" width="{:.1f}" height="6"/>{}<path class="tick" d="M60 1v14"/></svg>'
-    ).format(120 * share if share <= 1 else 110, arrow)
+        f'<rect class="value" y="5" width="{120 * share if share <= 1 else 110:.1f}" height="6"/>{arrow}'
+        '<path class="tick" d="M60 1v14"/></svg>'
+    )
+
+
+def pair(value: float, other: float | None, top: float) -> Markup:
+    """A bar of `value` of `top`, and below it a thinner one of `other`, the baseline's."""
+
+    def wide(number: float) -> float:
+        return 120 * number / top if 0 <= number <= top and 0 < top < math.inf else 0.0
+
+    below = "" if other is None else f'<rect class="other" y="10" width="{wide(other):.1f}" height="3"/>'
+    return Markup(
+        '<svg class="bar" viewBox="0 0 120 16" aria-hidden="true">'
+        f'<rect class="value" y="3" width="{wide(value):.1f}" height="6"/>{below}</svg>'
+    )
 
 
 def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None
+    return value if value == value and abs(value) != math.inf else None

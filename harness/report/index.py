@@ -4,8 +4,9 @@ from pathlib import Path
 
 from harness import ledger
 from harness.frozen import Frozen
-from harness.report.page import environment, headline, lede
+from harness.report.page import headline, lede
 from harness.report.run import Run, load
+from harness.report.template import environment
 from harness.report.text import legal
 from harness.verdict import Verdict
 

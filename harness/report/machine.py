@@ -74,7 +74,12 @@ def results_csv(table: pd.DataFrame) -> str:
 def schema() -> str:
     """The JSON Schema of `results.json`; `python -m harness.report.machine` writes it to its file."""
     found = Results.model_json_schema(mode="serialization")
-    for definition, fields in {"Statistic": ("value", "bound"), "Phase": ("seconds",)}.items():
+    numbers = {
+        "Statistic": ("value", "bound", "low", "high", "null"),
+        "CurvePoint": ("kl", "worst", "null", "band"),
+        "Phase": ("seconds",),
+    }
+    for definition, fields in numbers.items():
         for field in fields:  # a NaN or an infinity is written as null
             found["$defs"][definition]["properties"][field]["type"] = ["number", "null"]
             found["$defs"][definition]["properties"][field].pop("anyOf", None)

@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 
+from harness.report.compare import TITLES, Comparison
 from harness.report.page import headline, lede
 from harness.report.run import Run
 from harness.report.square import COLUMNS, Matrix, Square, matrices, severity
@@ -15,10 +16,14 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 _LISTED = 20
 
 
-def summary(run: Run, table: pd.DataFrame) -> str:
-    """Headline, matrix, and what differs. Text of the ledger is escaped: it makes no link, mention or table cell."""
+def summary(run: Run, table: pd.DataFrame, since: Comparison | None = None) -> str:
+    """Headline, what changed since the last run, matrix, and what differs.
+
+    Text of the ledger is escaped: it makes no link, mention or table cell.
+    """
     results = {result.cell.id: result for result in run.results}
     parts = [f"## Helix: {headline(run)}", f"{lede(run)} Run {plain(run.name)}, exit status {run.exit_status}."]
+    parts += [changes(since).rstrip()] if since else []
     parts += [_matrix(matrix) for matrix in matrices(table, results)]
     for title, effect in (("What differs, and why", Effect.DIFFERS), ("Could not be judged", Effect.INFRASTRUCTURE)):
         found = sorted(run.with_effect(effect), key=lambda result: severity(result.declared, result.verdict))
@@ -30,6 +35,26 @@ def summary(run: Run, table: pd.DataFrame) -> str:
         said += [plural(len(run.unfinished), "planned cell") + " without a result"] if run.unfinished else []
         parts.append(f"Left out: {'; '.join(said)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def changes(found: Comparison, most: int | None = _LISTED) -> str:
+    """What changed between two runs: the sentence, then the movers, at most `most` in each direction."""
+    lines = [f"### Since {plain(found.before.header.run)}: {plain(found.sentence)}", ""]
+    for direction, title in TITLES.items():
+        moves = found.of(direction)[:most]
+        lines += [f"**{title}**", ""] if moves else []
+        for move in moves:
+            was, now = move.before.verdict, move.after.verdict
+            lines.append(
+                f"- {TABLE[was].symbol} {was} → {TABLE[now].symbol} **{now}** {plain(move.after.id)}: "
+                f"{plain(move.after.reason[:300])}"
+            )
+        lines += [""] if moves else []
+    for one in found.excluded:
+        if one.broken:
+            said = f"{plural(len(one.cells), 'cell')} could no longer be judged: {plain(one.reason[:300])}"
+            lines.append(f"- {said}")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def plain(text: str) -> str:

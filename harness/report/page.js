@@ -4,10 +4,13 @@
   const form = document.querySelector("form.filter");
   const output = form.querySelector("output");
   const missing = document.querySelector(".missing");
-  const fields = [...form.querySelectorAll("select")].map((select) => select.name);
-  const cells = [...document.querySelectorAll("details.cell")].map((element) => ({
+  const fields = [...form.querySelectorAll("select:not([name=sort])")].map((select) => select.name);
+  const kept = ["text", ...fields, "sort"];
+  const cells = [...document.querySelectorAll("details.cell")].map((element, place) => ({
     element,
+    place,
     id: element.dataset.id,
+    order: element.dataset.order.split(" ").map((value) => (value === "-" ? NaN : Number(value))),
     facets: fields.map((name) => element.dataset[name]),
     text: (element.dataset.id + " " + element.querySelector("summary").textContent).toLowerCase(),
     shown: true,
@@ -17,7 +20,17 @@
     element,
     cells: [...element.querySelectorAll("details.cell")].map((cell) => byId.get(cell.dataset.id)),
   }));
-  const squares = [...document.querySelectorAll("a.square")];
+  const squares = [...document.querySelectorAll("a.square")].map((element) => {
+    const asked = new URLSearchParams(element.hash.slice(1));
+    return { element, by: asked.has("model") ? "model" : "backend", key: [...asked.values()].join("\n") };
+  });
+  const rows = { backend: ["kind", "backend", "column", "hardware"], model: ["kind", "model", "column", "hardware"] };
+  for (const cell of cells)
+    cell.squares = Object.values(rows).map((names) => names.map((name) => cell.element.dataset[name]).join("\n"));
+  const flat = document.createElement("section");
+  flat.className = "group flat";
+  let sorted = "";
+  const against = document.querySelector("select.against");
   const encode = (value) => encodeURIComponent(value).replace(/%(2F|3A|40|2C|3B|24)/g, decodeURIComponent);
   const count = (n) => n.toLocaleString("en") + (n === 1 ? " cell" : " cells");
   const state = () => new URLSearchParams(location.hash.slice(1));
@@ -42,39 +55,82 @@
     let seen = 0;
     for (const cell of cells) {
       const fits = wanted.every((value, i) => !value || value === cell.facets[i]) && words.every((w) => cell.text.includes(w));
-      if (fits !== cell.shown) cell.element.hidden = !(cell.shown = fits);
+      cell.shown = fits;
       if (fits) seen += 1;
     }
-    const live = new Set();
-    for (const group of groups) {
+    // A group without a match is hidden as a whole, and its cells are left as they are until it comes back.
+    for (const group of sorted ? [{ element: flat, cells }] : groups) {
       const any = group.cells.some((cell) => cell.shown);
       if (group.element.hidden === any) group.element.hidden = !any;
-      if (any) live.add(group.element.id);
+      if (any) for (const cell of group.cells) if (cell.element.hidden === cell.shown) cell.element.hidden = !cell.shown;
     }
-    for (const square of squares) square.classList.toggle("dim", !live.has(square.hash.slice(1)));
+    const live = new Set();
+    if (seen < cells.length) for (const cell of cells) if (cell.shown) for (const key of cell.squares) live.add(key);
+    for (const square of squares) square.element.classList.toggle("dim", seen < cells.length && !live.has(square.key));
     output.textContent = seen === cells.length ? count(seen) : `${seen.toLocaleString("en")} of ${count(cells.length)}`;
   }
 
+  // Least first; what has no such number comes last. Ties keep the order of the squares.
+  const keys = {
+    verdict: (cell) => cell.order[0],
+    kv: (cell) => cell.order[1],
+    near: (cell) => -cell.order[2],
+    time: (cell) => -cell.order[3],
+  };
+
+  function sort() {
+    const wanted = form.elements.sort.value;
+    if (wanted === sorted) return;
+    sorted = wanted;
+    if (!wanted) {
+      for (const group of groups) group.element.append(...group.cells.map((cell) => cell.element));
+      flat.remove();
+      return;
+    }
+    const key = keys[wanted];
+    const number = (cell) => (Number.isNaN(key(cell)) ? Infinity : key(cell));
+    const found = [...cells].sort(
+      wanted === "name" ? (a, b) => (a.id < b.id ? -1 : 1) : (a, b) => number(a) - number(b) || a.place - b.place,
+    );
+    flat.replaceChildren(...found.map((cell) => cell.element));
+    for (const group of groups) group.element.hidden = true;
+    document.getElementById("cells").append(flat);
+  }
+
+  // The comparison with another run travels packed, written and escaped by the same template as the one shown.
+  const first = document.querySelector(".comparison")?.innerHTML;
+  async function compare() {
+    const packed = against.selectedOptions[0].dataset.packed;
+    document.querySelector(".comparison").innerHTML = packed ? await unpacked(packed) : first;
+  }
+
   function remember() {
-    const kept = ["text", ...fields].filter((name) => form.elements[name].value);
-    const hash = kept.map((name) => `${name}=${encode(form.elements[name].value)}`).join("&");
+    const asked = kept.filter((name) => form.elements[name].value).map((name) => [name, form.elements[name].value]);
+    if (against?.selectedIndex > 0) asked.push(["against", against.value]);
+    const hash = asked.map(([name, value]) => `${name}=${encode(value)}`).join("&");
     history.replaceState(null, "", hash ? "#" + hash : location.pathname + location.search);
   }
 
   // What the address asks for: a filter, a cell, or both. Any other fragment is a place in the page.
   function follow() {
     const asked = state();
-    const names = ["text", ...fields].filter((name) => asked.has(name));
+    const names = kept.filter((name) => asked.has(name));
     const id = asked.get("cell");
     missing.hidden = true;
+    const run = [...(against?.options ?? [])].findIndex((option) => option.value === asked.get("against"));
+    if (run >= 0 && run !== against.selectedIndex) {
+      against.selectedIndex = run;
+      compare();
+    }
     if (names.length || location.hash.length < 2 || id !== null) {
-      for (const name of ["text", ...fields]) form.elements[name].value = asked.get(name) ?? "";
-      for (const name of fields)
+      for (const name of kept) form.elements[name].value = asked.get(name) ?? "";
+      for (const name of [...fields, "sort"])
         if (asked.get(name) && form.elements[name].value !== asked.get(name)) {
           missing.textContent = `This run has no ${name} “${asked.get(name)}”.`;
           missing.hidden = false;
           form.elements[name].value = "";
         }
+      sort();
       filter();
     }
     if (id !== null) show(id);
@@ -94,12 +150,20 @@
     cell.shown = true;
     await fill(cell.element);
     cell.element.open = true;
-    cell.element.scrollIntoView();
     cell.element.querySelector("summary").focus({ preventScroll: true });
+    // Rows above that were never drawn have a guessed height: once more when the near ones have their own.
+    for (let turn = 0; turn < 3; turn++) {
+      cell.element.scrollIntoView({ behavior: "instant" });
+      await new Promise(requestAnimationFrame);
+    }
   }
 
-  form.addEventListener("input", () => { filter(); remember(); });
-  form.addEventListener("reset", () => setTimeout(() => { missing.hidden = true; filter(); remember(); }));
+  const refresh = () => { sort(); filter(); remember(); };
+  form.addEventListener("input", refresh);
+  form.addEventListener("reset", () => setTimeout(() => { missing.hidden = true; refresh(); }));
+  against?.addEventListener("change", () => { compare(); remember(); });
+  // Headings of squares stick below the bar, however many lines it has.
+  new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${form.offsetHeight}px`)).observe(form);
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", follow);
   document.addEventListener("toggle", (event) => {

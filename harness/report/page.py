@@ -1,53 +1,28 @@
 """The page: one HTML file that holds its style, its script and its drawings, and may load nothing."""
 
-import base64
-import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.report import drawing
-from harness.report.cellview import CellView, view
+from harness import ledger
+from harness.report.cells import render_cells
+from harness.report.cellview import Row, row_of
+from harness.report.past import NOTHING, Past
 from harness.report.run import Run
 from harness.report.square import COLUMNS, HARDWARE, Matrix, Square, matrices, place, severity
-from harness.report.text import fragment, legal, packed, plural
-from harness.verdict import TABLE, Effect, Verdict
+from harness.report.template import asset, environment, script_hash
+from harness.report.text import legal, packed, plural
+from harness.result import CellResult
+from harness.verdict import Effect, Verdict
 
 #: Above this many cells the bodies travel compressed and are opened by the script when a reader opens the cell.
 PACK_ABOVE = 100
 #: This many differing cells stand above the matrix; the others are one click away.
-_NEWS = 5
-_HERE = Path(__file__).parent
-
-
-@cache
-def environment() -> Environment:
-    """Jinja with autoescape on. What it renders goes through `text.legal` before it is written."""
-    found = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.globals |= {"fragment": fragment, "plural": plural, "sprite": drawing.sprite(), "style": asset("style.css")}
-    found.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    return found
-
-
-def asset(name: str) -> Markup:
-    """One of our own files, to stand in the page as it is."""
-    return Markup((_HERE / name).read_text())
-
-
-def script_hash(script: str) -> str:
-    """The Content-Security-Policy source that lets this one script run, and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+_NEWS = 4
 
 
 @dataclass(frozen=True)
@@ -57,52 +32,84 @@ class Group:
     title: str
     anchor: str
     square: Square | None
-    cells: list[CellView]
+    cells: list[Row]
 
 
-def render(run: Run, table: pd.DataFrame) -> str:
-    """The page of `run`; `table` is its `harness.report.table.tabulate`."""
+def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Past = NOTHING) -> str:
+    """The page of `run`; `table` is its `harness.report.table.tabulate`, `run_dir` where its logs may be."""
     results = {result.cell.id: result for result in run.results}
     found = matrices(table, results)
-    pack = len(results) > PACK_ABOVE
-    views = {}
-    for cell_id, kind in zip(table["id"], table["kind"], strict=True):
-        one = results[cell_id]
-        views[cell_id] = view(one, kind, results.get(one.baseline_id), run.earlier.get(cell_id, ()), whole_log=pack)
-    body = environment().get_template("cell.html.j2")
-
-    def body_of(cell: CellView) -> tuple[str, Markup]:
-        """(packed, "") or ("", html)"""
-        text = body.render(c=cell)
-        return (packed(text), Markup("")) if pack else ("", Markup(text))
-
-    groups = _groups(found, views)
+    by_model = matrices(table, results, by="model")
     ranked = sorted(run.results, key=lambda result: severity(result.declared, result.verdict))
+    rows = _rows(run, results, dict(zip(table["id"], table["kind"], strict=True)), past)
     script = asset("page.js")
-    return legal(
+    shell = (
         environment()
         .get_template("page.html.j2")
         .render(
             run=run,
             headline=headline(run),
             lede=lede(run),
-            works=works(found),
+            works=works(found, results),
             tally=_tally(run),
-            differing=[views[result.cell.id] for result in ranked if result.effect is Effect.DIFFERS],
-            broken=[views[result.cell.id] for result in ranked if result.effect is Effect.INFRASTRUCTURE],
+            # A limitation that is gone has a place of its own, above them.
+            differing=[
+                rows[one.cell.id] for one in ranked if one.effect is Effect.DIFFERS and one.verdict is not Verdict.XPASS
+            ],
+            broken=[rows[one.cell.id] for one in ranked if one.effect is Effect.INFRASTRUCTURE],
+            gone_limits=[rows[one.cell.id] for one in ranked if one.verdict is Verdict.XPASS],
+            changes=_changes(past),
             matrices=found,
+            by_model=by_model if any(len(matrix.models) > 1 for matrix in found) else [],
+            idle=_idle(found),
             columns=COLUMNS,
-            groups=groups,
+            groups=_groups(found, rows),
             facets=_facets(table),
-            legend=TABLE,
-            body_of=body_of,
-            packed=pack,
+            cell_of=lambda row: Markup(f"<!--cell {row.number}-->"),
+            packed=len(results) > PACK_ABOVE,
             news=_NEWS,
+            source=ledger.find(run_dir).name if run_dir else ledger.NAME,
             versions=_versions(run),
             script=script,
             script_hash=script_hash(script),
         )
     )
+    cells = render_cells(list(rows.values()), results, run, run_dir, pack=len(results) > PACK_ABOVE)
+    # Text of the ledger cannot hold this comment: it has been escaped.
+    return re.sub(r"<!--cell (\d+)-->", lambda mark: cells[int(mark[1])], legal(shell))
+
+
+def _rows(run: Run, results: dict[str, CellResult], kinds: dict[str, str], past: Past) -> dict[str, Row]:
+    return {
+        cell_id: row_of(
+            number=number,
+            result=one,
+            kind=kinds[cell_id],
+            severity=severity(one.declared, one.verdict),
+            baseline=results.get(one.baseline_id),
+            past=past.cells.get(cell_id),
+        )
+        for number, (cell_id, one) in enumerate(results.items())
+    }
+
+
+def _changes(past: Past) -> list[tuple[str, str, Markup, str]]:
+    """(label, run, html, packed html) of each run to compare with; the first is shown, the others travel packed."""
+    template = environment().get_template("changes.html.j2")
+    found = []
+    for one in past.changes:
+        html = template.render(c=one, few=_NEWS, many=200)
+        header = one.before.header
+        label = f"{header.run}, {header.started[:10]}" if header.started else header.run
+        found.append((label, header.run, Markup("") if found else Markup(html), packed(html) if found else ""))
+    return found
+
+
+def _idle(found: list[Matrix]) -> set[str]:
+    """Hardware on which no cell was run: its squares are drawn small."""
+    squares = [square for matrix in found for square in matrix.squares]
+    ran = {square.hardware for square in squares if square.verdict not in (Verdict.SKIP, Verdict.STALE)}
+    return {square.hardware for square in squares} - ran
 
 
 def headline(run: Run) -> str:
@@ -129,14 +136,20 @@ def lede(run: Run) -> str:
     return f"{plural(len(run.results), 'cell')}: {', '.join(part for part in said if part)}."
 
 
-def works(found: list[Matrix]) -> list[tuple[str, str, str, str]]:
-    """(kind, backend, hardware, anchor) of every square where Helix passes."""
+def works(found: list[Matrix], results: dict[str, CellResult]) -> list[tuple[str, str, str, str, list[str]]]:
+    """(kind, backend, hardware, anchor, models) of every square where Helix passes and nothing differs."""
     return [
-        (square.kind, square.backend, square.hardware, square.anchor)
+        (square.kind, square.backend, square.hardware, square.anchor, _passing(square, results))
         for matrix in found
         for square in matrix.squares
-        if square.column == "Helix" and square.verdict is Verdict.PASS
+        if square.column == "Helix" and not square.disagrees and dict(square.counts).get(Verdict.PASS)
     ]
+
+
+def _passing(square: Square, results: dict[str, CellResult]) -> list[str]:
+    """Models that pass behind a square, by their last name, each once."""
+    passing = [results[cell_id].cell.model for cell_id in square.cells if results[cell_id].verdict is Verdict.PASS]
+    return sorted({model.removeprefix("recipe:").rpartition("/")[2] for model in passing})
 
 
 def _tally(run: Run) -> list[tuple[Verdict, int]]:
@@ -144,13 +157,13 @@ def _tally(run: Run) -> list[tuple[Verdict, int]]:
     return [(verdict, counts[verdict]) for verdict in Verdict if counts[verdict]]
 
 
-def _groups(found: list[Matrix], views: dict[str, CellView]) -> list[Group]:
+def _groups(found: list[Matrix], rows: dict[str, Row]) -> list[Group]:
     groups = []
     for matrix in found:
         for square in matrix.squares:
             title = f"{square.backend} · {square.column} · {square.hardware}"
-            groups.append(Group(title, square.anchor, square, [views[cell_id] for cell_id in square.cells]))
-    planted = [one for one in views.values() if one.result.cell.fault]
+            groups.append(Group(title, square.anchor, square, [rows[cell_id] for cell_id in square.cells]))
+    planted = [one for one in rows.values() if one.result.cell.fault]
     if planted:
         groups.append(Group("Planted defects: what the oracle must find", "planted", None, planted))
     return groups

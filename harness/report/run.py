@@ -11,6 +11,19 @@ from harness.report.text import clean
 from harness.result import CellResult
 from harness.verdict import Effect, exit_status
 
+#: Fields of a record that hold a number where JSON has null, because it has no NaN.
+_NUMBERS = ("value", "seconds", "kl", "worst", "band")
+
+
+class Try(Frozen):
+    """One attempt at a cell, as the ledger notes it; `cause` is why a server failed, empty where it did not."""
+
+    number: int
+    verdict: str
+    reason: str
+    cause: str = ""
+    time: str = ""
+
 
 class Run(Frozen):
     """What a report is drawn from. `left_out` holds one sentence for each record that could not be used."""
@@ -23,6 +36,7 @@ class Run(Frozen):
     results: tuple[CellResult, ...] = ()
     #: cell id -> results that a later one in this ledger replaced
     earlier: dict[str, tuple[CellResult, ...]] = Field(default_factory=dict)
+    tries: dict[str, tuple[Try, ...]] = Field(default_factory=dict)  # cell id -> its attempts
     unfinished: tuple[str, ...] = ()  # ids that were planned or started and have no result
     left_out: tuple[str, ...] = ()
 
@@ -36,18 +50,21 @@ class Run(Frozen):
 
 def load(run_dir: Path) -> Run:
     """Read the ledger in `run_dir`. Never raises on its content; a missing ledger is a run without results."""
-    events, left_out = read_events(run_dir / ledger.NAME)
+    events, left_out = read_events(ledger.find(run_dir))
     start: dict = {}
     ended = ""
     started_cells: list[str] = []
     by_id: dict[str, list[CellResult]] = {}
+    tries: dict[str, list[Try]] = {}
     for number, event in enumerate(events, start=1):
         match event.get("event"):
             case "run-start":
-                start = {**start, **event}
+                start = {**event, "time": start.get("time") or event.get("time")}  # resumed: it began with the first
                 started_cells += _strings(event.get("planned"))
             case "cell-start":
                 started_cells += _strings(event.get("id") or event.get("cell"))
+            case "attempt":
+                tries.setdefault(_text(event.get("id")), []).append(_try(event))
             case "run-end":
                 ended = str(event.get("time") or "at an unknown time")
             case "result":
@@ -66,6 +83,7 @@ def load(run_dir: Path) -> Run:
         argv=tuple(_strings(start.get("argv"))),
         results=tuple(results[-1] for results in by_id.values()),
         earlier={cell_id: tuple(results[:-1]) for cell_id, results in by_id.items() if len(results) > 1},
+        tries={cell_id: tuple(found) for cell_id, found in tries.items()},
         unfinished=tuple(dict.fromkeys(cell_id for cell_id in started_cells if cell_id not in by_id)),
         left_out=tuple(clean(sentence) for sentence in left_out),
     )
@@ -93,6 +111,15 @@ def parse_result(record: object) -> CellResult:
         result = _second_try(record)
     if result.kv_cache_tokens is not None and not 0 <= result.kv_cache_tokens < 2**63:
         raise ValueError("result does not fit this version: kv_cache_tokens: out of range")
+    cell = result.cell
+    for name, count in (
+        ("tp", cell.tp),
+        ("kvp", cell.kvp),
+        ("interleave", cell.interleave),
+        ("attempts", result.attempts),
+    ):
+        if abs(count) >= 2**31:
+            raise ValueError(f"result does not fit this version: {name}: out of range")
     return result
 
 
@@ -114,7 +141,15 @@ def _mended(value: object, field: str = "") -> object:
         return {_mended(key): _mended(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_mended(item) for item in value]
-    return math.nan if value is None and field in ("value", "seconds") else value
+    return math.nan if value is None and field in _NUMBERS else value
+
+
+def _try(event: dict) -> Try:
+    number = event.get("number")
+    return Try(
+        number=number if isinstance(number, int) else 0,
+        **{name: _text(event.get(name)) for name in ("verdict", "reason", "cause", "time")},
+    )
 
 
 def _named(event: dict) -> str:

@@ -15,6 +15,7 @@ Cells with a planted defect test the oracle, not Helix: they are in the list of 
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
 import pandas as pd
 
@@ -80,7 +81,11 @@ class Square(Frozen):
 
     @property
     def anchor(self) -> str:
-        return fragment(kind=self.kind, backend=self.backend, column=self.column, hardware=self.hardware)
+        return self.anchor_by("backend")
+
+    def anchor_by(self, row: str) -> str:
+        """The address that filters for these cells, where the rows of the matrix are backends or models."""
+        return fragment(kind=self.kind, **{row: self.backend}, column=self.column, hardware=self.hardware)
 
     @property
     def note(self) -> str:
@@ -114,9 +119,10 @@ def square(kind: str, backend: str, hardware: str, column: str, results: list[Ce
 
 
 class Matrix(Frozen):
-    """One table: the squares of one kind of model, `rows[backend][hardware, column]`."""
+    """One table: the squares of one kind of model, `rows[backend][hardware, column]`; by model likewise."""
 
     kind: str
+    by: Literal["backend", "model"]
     models: tuple[str, ...]
     hardware: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Square | None, ...]], ...]  # squares: hardware by hardware, COLUMNS in each
@@ -126,27 +132,31 @@ class Matrix(Frozen):
         return [found for _, line in self.rows for found in line if found]
 
 
-def matrices(table: pd.DataFrame, results: dict[str, CellResult]) -> list[Matrix]:
+def matrices(
+    table: pd.DataFrame, results: dict[str, CellResult], by: Literal["backend", "model"] = "backend"
+) -> list[Matrix]:
     """The matrix of each kind that has cells, from `harness.report.table.tabulate` and its results by id.
+
+    By model, a square's `backend` is the model.
 
     Hardware on which something ran comes first; hardware that has no cell of a kind is not in its table.
     """
     real = table[table["fault"] == ""]
     ran = set(real.loc[~real["verdict"].isin(["skip", "stale"]), "hardware"])
-    groups = real.groupby(["kind", "backend", "hardware", "column"], sort=False)["id"]
+    groups = real.groupby(["kind", by, "hardware", "column"], sort=False)["id"]
     squares = {key: square(*key, [results[cell_id] for cell_id in ids]) for key, ids in groups}
     found = []
     for kind in KINDS:
         here = real[real["kind"] == kind]
         hardware = tuple(sorted(set(here["hardware"]), key=lambda name: (name not in ran, *place(name, HARDWARE))))
         rows = []
-        for backend in sorted(set(here["backend"]), key=lambda name: (name == "auto", name)):
+        for backend in sorted(set(here[by]), key=lambda name: (name == "auto", name)):
             line = [squares.get((kind, backend, name, column)) for name in hardware for column in COLUMNS]
             rows.append((backend, tuple(line)))
         rows.sort(key=lambda row: min(i for i, found in enumerate(row[1]) if found) // len(COLUMNS))
         if rows:
             models = tuple(sorted(set(here["model"])))
-            found.append(Matrix(kind=kind, models=models, hardware=hardware, rows=tuple(rows)))
+            found.append(Matrix(kind=kind, by=by, models=models, hardware=hardware, rows=tuple(rows)))
     return found
 
 

@@ -1,12 +1,18 @@
 """The run as one pandas table, a row a cell: for notebooks, for the CSV, and for the matrix's pivot."""
 
+import math
+from collections.abc import Iterable
+
 import pandas as pd
 
 from harness.report.run import Run
 from harness.report.square import column_of, kind_of, latent_models
+from harness.result import Statistic
 
 #: Columns that every table has, also an empty one. `stat:NAME` columns follow, one for each statistic of the oracle.
 COLUMNS = [
+    "run",
+    "run_started",
     "id",
     "key",
     "kind",
@@ -35,11 +41,18 @@ COLUMNS = [
     "started",
     "hardware_name",
     "vllm",
+    "versions",
+    "command",
+    "nearness",
 ]
+_NUMBERS = ("kv_cache_tokens", "kv_ratio", "seconds", "nearness")
 
 
 def tabulate(run: Run) -> pd.DataFrame:
-    """One row a cell. `kv_ratio` is KV capacity over the baseline's, `seconds` the sum of phases; missing: NA."""
+    """One row a cell; missing numbers are NA.
+
+    `kv_ratio`: KV capacity over the baseline's. `seconds`: sum of the phases. `nearness`: see `nearness`.
+    """
     latent = latent_models(result.cell for result in run.results)
     tokens = {result.cell.id: result.kv_cache_tokens for result in run.results}
     rows = []
@@ -47,6 +60,8 @@ def tabulate(run: Run) -> pd.DataFrame:
         cell, baseline = result.cell, tokens.get(result.baseline_id)
         rows.append(
             {
+                "run": run.name,
+                "run_started": run.started,
                 "id": cell.id,
                 "key": cell.key,
                 "kind": kind_of(cell, latent),
@@ -75,8 +90,26 @@ def tabulate(run: Run) -> pd.DataFrame:
                 "started": result.started,
                 "hardware_name": result.hardware_name,
                 "vllm": dict(result.versions).get("vllm", cell.vllm_version),
+                "versions": "; ".join(f"{name} {value}" for name, value in result.versions),
+                "command": result.command,
+                "nearness": nearness(result.statistics),
                 **{f"stat:{statistic.name}": statistic.value for statistic in result.statistics},
             }
         )
     table = pd.DataFrame(rows, columns=None if rows else COLUMNS)
-    return table.astype({"kv_cache_tokens": "Float64", "kv_ratio": "Float64", "seconds": "Float64"})
+    return table.astype(dict.fromkeys(_NUMBERS, "Float64"))
+
+
+def nearness(statistics: Iterable[Statistic]) -> float | None:
+    """The statistic nearest to its bound, as value / bound: above 1 is a difference. None where nothing is bounded.
+
+    A bound of 0 counts things that must not occur: 0 while none does, infinite from the first.
+    """
+    shares = [_share(one.value, one.bound) for one in statistics if one.bound is not None]
+    return max((share for share in shares if share == share), default=None)
+
+
+def _share(value: float, bound: float) -> float:
+    if bound == 0:
+        return 0.0 if value <= 0 else math.inf
+    return value / bound if bound == bound else math.nan

@@ -5,7 +5,6 @@ import glob
 import re
 import shlex
 import zlib
-from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
@@ -14,6 +13,9 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
+
+
+_RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
 
 
 def legal(text: str) -> str:
@@ -30,7 +32,11 @@ def clean(text: str) -> str:
 
 def fragment(**fields: str) -> str:
     """A URL fragment without `#`: `mode=helix&hardware=cpu`. The page's script and its element ids use the same."""
-    return "&".join(f"{name}={quote(legal(value), safe='/:@!,;$')}" for name, value in fields.items())
+    return "&".join(f"{name}={_RESERVED.sub(_percent, legal(value))}" for name, value in fields.items())
+
+
+def _percent(letter: re.Match) -> str:
+    return "".join(f"%{byte:02X}" for byte in letter.group().encode())
 
 
 def rerun(cell_id: str) -> str:
@@ -40,7 +46,7 @@ def rerun(cell_id: str) -> str:
 
 def packed(text: str) -> str:
     """`text` as base64 of raw deflate, which a browser's `DecompressionStream('deflate-raw')` opens."""
-    squeeze = zlib.compressobj(6, zlib.DEFLATED, -15)
+    squeeze = zlib.compressobj(4, zlib.DEFLATED, -15)
     return base64.b64encode(squeeze.compress(legal(text).encode()) + squeeze.flush()).decode()
 
 

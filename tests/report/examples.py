@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from harness.cell import Cell, Mode
-from harness.result import CellResult, Difference, Phase, Statistic
+from harness.result import CellResult, CurvePoint, Difference, Phase, Statistic
 from harness.verdict import Verdict
 
 TINY = "recipe:tiny-llama"
@@ -14,6 +14,8 @@ NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
 LITE = "deepseek-ai/DeepSeek-V2-Lite-Chat"
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\x1b[31mred\x00\u202e]]>"
 QUIET = (("max-model-len", 4096), ("block-size", 16), ("dtype", "float32"))
+
+NAME = "2026-11-24-031200-smoke"
 
 DEVICE = {
     "cpu": "AMD EPYC 9B14, 2 cores",
@@ -90,11 +92,36 @@ def difference(prompt: str, step: int, position: int, delta: float, swap: bool =
 def statistics(scale: float) -> tuple[Statistic, ...]:
     return (
         Statistic(
-            name="largest |Δ logprob|", value=0.0021 * scale, bound=0.01, n=4096, unit="nat", note="forced decode steps"
+            name="largest |Δ logprob|",
+            value=0.0021 * scale,
+            bound=0.01,
+            n=4096,
+            unit="nat",
+            note="forced decode steps",
+            low=0.0019 * scale,
+            high=0.0024 * scale,
+            null=0.002,
         ),
         Statistic(name="mean KL", value=1.4e-6 * scale, bound=1e-5, n=4096, unit="nat", note="against the null band"),
         Statistic(name="prefill |Δ logprob|", value=0.0008, bound=0.01, n=48, unit="nat", note="step 0, judged apart"),
         Statistic(name="top-1 agreement", value=1.0 - 0.004 * (scale > 5), bound=None, n=4096, unit=""),
+    )
+
+
+def curve(scale: float) -> tuple[CurvePoint, ...]:
+    """KL in the oracle's bins of position, the null's beside it; `scale` above 10 leaves the band."""
+    bins = [(1, 15), (16, 63), (64, 255), (256, 1023), (1024, 4095)]
+    return tuple(
+        CurvePoint(
+            low=low,
+            high=high,
+            n=40 + 300 * place,
+            kl=2e-8 * scale * (1 + place),
+            worst=3e-7 * scale * (1 + place),
+            null=1.6e-8 * (1 + place) if place else None,
+            band=1e-5,
+        )
+        for place, (low, high) in enumerate(bins)
     )
 
 
@@ -140,6 +167,8 @@ def result(
     if judged:
         fields |= dict(
             statistics=statistics(40.0 if bad else 1.0),
+            curve=curve(40.0 if bad else 1.0),
+            band="null band cpu-float32: 23,160 steps; false-alarm rate 0.01 a run of 32 cells",
             differences=tuple(
                 difference(
                     f"boundary-{p}", s, p + s, (0.08 * (k + 1)) if bad else 0.0004 * (k + 1), swap=bad and k == 0
@@ -291,11 +320,13 @@ def hostile() -> CellResult:
     )
 
 
-def events(found: list[CellResult], name: str = "2026-11-24-031200-smoke", finished: bool = True) -> list[dict]:
+def events(
+    found: list[CellResult], name: str = NAME, finished: bool = True, started: str = "2026-11-24T03:12:00Z"
+) -> list[dict]:
     start = {
         "event": "run-start",
         "run": name,
-        "time": "2026-11-24T03:12:00Z",
+        "time": started,
         "hardware": ["cpu", "hopper"],
         "argv": ["--all"],
         "planned": [one.cell.id for one in found],
@@ -305,10 +336,14 @@ def events(found: list[CellResult], name: str = "2026-11-24-031200-smoke", finis
 
 
 def write_ledger(
-    run_dir: Path, found: list[CellResult], name: str = "2026-11-24-031200-smoke", finished: bool = True
+    run_dir: Path,
+    found: list[CellResult],
+    name: str = NAME,
+    finished: bool = True,
+    started: str = "2026-11-24T03:12:00Z",
 ) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(event) for event in events(found, name, finished)]
+    lines = [json.dumps(event) for event in events(found, name, finished, started)]
     (run_dir / "ledger.ndjson").write_text("\n".join(lines) + "\n")
     return run_dir
 
@@ -322,3 +357,32 @@ def many(count: int) -> list[CellResult]:
         of = one.cell.model_copy(update={"serve": (*one.cell.serve, ("variant", number))})
         found.append(one.model_copy(update={"cell": Cell.model_validate(of.model_dump()), "log_tail": log(of, 200)}))
     return found
+
+
+#: Run -> what it says otherwise than `results()`: position in that list -> (verdict, reason), or None for no such cell.
+EARLIER = {
+    "2026-11-21-smoke": {
+        # what failed, flaked or was not proved on the 24th was fine
+        **{at: ("pass", "agreed") for at in (16, 19, 24)},
+        21: ("xfail", "no LSE in decode"),
+        13: ("pass", "agreed"),
+        8: ("fail", "2 steps differ"),
+        10: None,
+    },
+    "2026-11-22-smoke": {16: ("error", "port was taken"), 21: ("xfail", "no LSE in decode"), 13: ("pass", "agreed")},
+}
+
+
+def sequence(reports: Path) -> Path:
+    """Three runs in `reports/runs/`, a day or two apart, the last one `results()`. Returns the last one's folder."""
+    now = results()
+    for name, other in EARLIER.items():
+        found = [one for at, one in enumerate(now) if other.get(at, one) is not None]
+        found = [
+            one.model_copy(update={"verdict": Verdict(said[0]), "reason": said[1]})
+            if (said := other.get(now.index(one)))
+            else one
+            for one in found
+        ]
+        write_ledger(reports / "runs" / name, found, name=name, started=f"{name[:10]}T03:12:00Z")
+    return write_ledger(reports / "runs" / NAME, now)

@@ -123,15 +123,16 @@ def test_clean_drops_terminal_escapes_and_marks_controls():
 
 
 class Matrix(HTMLParser):
-    """Text of each row of the matrix, as a reader's program sees it."""
+    """Text of each row of the matrices by backend or by model, as a reader's program sees it."""
 
-    def __init__(self):
+    def __init__(self, by):
         super().__init__()
+        self.by = by
         self.rows, self.cell, self.inside, self.head = [], None, False, []
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self.inside = attrs.get("class") == "squares" if tag == "table" else self.inside
+        self.inside = attrs.get("data-by") == self.by if tag == "table" else self.inside
         if self.inside and tag == "tr":
             self.rows.append([])
         if self.inside and tag in ("td", "th"):
@@ -151,8 +152,9 @@ class Matrix(HTMLParser):
 
 
 def test_the_matrix_s_text_equals_the_ledger(run_dir):
-    matrix = Matrix()
-    matrix.feed((run_dir / "index.html").read_text())
+    page = (run_dir / "index.html").read_text()
+    matrix = Matrix("backend")
+    matrix.feed(page)
     assert all(scope in ("col", "colgroup", "row") for tag, scope in matrix.head if tag == "th")
     by_name = {row[0].replace(" ", ""): row[1:] for row in matrix.rows}
     none = "· no cell"
@@ -170,8 +172,14 @@ def test_the_matrix_s_text_equals_the_ledger(run_dir):
         "pass 1 cell declared pass",
         "unproven 2 cells: 1 unproven, 1 rejected ≠ differs from declared pass",
     ]
-    shown = sum(int(count) for row in matrix.rows for cell in row for count in re.findall(r"\b(\d+) cells?\b", cell))
-    assert shown == sum(one.cell.fault is None for one in examples.results())
+    models = Matrix("model")
+    models.feed(page)
+    by_model = {row[0].replace(" ", ""): row[1:] for row in models.rows}
+    assert by_model["recipe:tiny-qwen3-gqa4"][:3] == ["pass 1 cell declared pass", none, "pass 1 cell declared pass"]
+    for found in (matrix, models):
+        said = " ".join(cell for row in found.rows for cell in row)
+        counted = sum(int(count) for count in re.findall(r"\b(\d+) cells?\b", said))
+        assert counted == sum(one.cell.fault is None for one in examples.results())
 
 
 def test_the_page_names_nothing_to_load(run_dir):

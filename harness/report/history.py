@@ -1,0 +1,119 @@
+"""Many runs at once: what each cell said in every run of the ledger folder, its last good and its first bad run.
+
+The cells of all runs are one table that DuckDB reads from the runs' Parquet files (`harness.report.store`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+
+from harness import ledger
+from harness.frozen import Frozen
+from harness.report.store import Stored, stored
+from harness.verdict import Effect, Verdict
+
+#: A run's cells with `place`, its number among the runs, the oldest first.
+_CELLS = """
+    SELECT place, folder, cells.* EXCLUDE (filename)
+    FROM read_parquet($files, union_by_name = true, filename = true) AS cells
+    JOIN (
+        SELECT unnest($files) AS filename, unnest($folders) AS folder, unnest(range(len($files))) AS place
+    ) USING (filename)
+"""
+#: Good and bad are about Helix: what was skipped, went stale or broke for another reason says neither.
+_TRACKS = """
+    WITH seen AS (SELECT * FROM cells WHERE id GLOB $glob),
+    good AS (SELECT id, max(place) AS last_good FROM seen WHERE effect = 'ok' GROUP BY id)
+    SELECT id,
+        list(place ORDER BY place) AS places,
+        list(verdict ORDER BY place) AS verdicts,
+        any_value(last_good) AS last_good,
+        min(place) FILTER (effect = 'differs' AND place > coalesce(last_good, -1)) AS first_bad,
+        count(DISTINCT verdict) FILTER (effect IN ('ok', 'differs')) AS kinds
+    FROM seen LEFT JOIN good USING (id) GROUP BY id ORDER BY first_bad IS NULL, kinds DESC, id
+"""
+
+
+class Track(Frozen):
+    """One cell over the runs. Numbers are places in `History.runs`.
+
+    `last_good` is the last run whose verdict was as declared; `first_bad` the first one after it whose verdict
+    differed, None while the cell is good.
+    """
+
+    id: str
+    verdicts: tuple[tuple[int, Verdict], ...]  # (run, verdict), oldest first; only runs that had the cell
+    last_good: int | None
+    first_bad: int | None
+    changed: bool  # two judged verdicts differ
+
+
+class History(Frozen):
+    runs: tuple[Stored, ...]  # oldest first
+    tracks: dict[str, Track]
+
+
+def find_runs(reports: Path) -> list[Stored]:
+    """The runs in `reports/*/` and `reports/runs/*/`, oldest first; folders without a ledger are no runs."""
+    folders = [path for base in (reports, reports / "runs") if base.is_dir() for path in sorted(base.iterdir())]
+    found = [stored(folder) for folder in folders if ledger.find(folder).is_file()]
+    return sorted(found, key=lambda one: (one.header.started, one.header.run))
+
+
+def frame(runs: Sequence[Stored]) -> pd.DataFrame:
+    """All cells of `runs`, a row a cell and run: the columns of `harness.report.table`, `place` and `folder` first."""
+    if not runs:
+        return pd.DataFrame()
+    return _ask("SELECT * FROM cells ORDER BY place, id", runs).df()
+
+
+def tracks(runs: Sequence[Stored], glob: str = "*") -> History:
+    """Every cell whose id matches `glob`, over `runs`."""
+    rows = _ask(_TRACKS, runs, glob=glob).fetchall() if runs else []
+    found = {
+        cell_id: Track(
+            id=cell_id,
+            verdicts=tuple((place, Verdict(word)) for place, word in zip(places, verdicts, strict=True)),
+            last_good=last_good,
+            first_bad=first_bad,
+            changed=kinds > 1,
+        )
+        for cell_id, places, verdicts, last_good, first_bad, kinds in rows
+    }
+    return History(runs=tuple(runs), tracks=found)
+
+
+def seconds_by_cell(runs: Sequence[Stored]) -> dict[str, float]:
+    """How long each cell took when it last ran, in seconds."""
+    if not runs:
+        return {}
+    query = "SELECT id, arg_max(seconds, place) FROM cells WHERE seconds > 0 AND isfinite(seconds) GROUP BY id"
+    return dict(_ask(query, runs).fetchall())
+
+
+def previous(runs: Sequence[Stored], folder: Path) -> Stored | None:
+    """The run that `folder` is best compared with: of the earlier runs that judged at least half as many of its judged
+    cells as the one that judged most of them, the latest. None where no earlier run judged any."""
+    names = [one.folder.resolve() for one in runs]
+    here = names.index(folder.resolve()) if folder.resolve() in names else len(runs)
+    if not 0 < here < len(runs):
+        return None
+    query = f"""
+        WITH judged AS (SELECT place, id FROM cells WHERE effect IN ('{Effect.OK}', '{Effect.DIFFERS}'))
+        SELECT place, count(*) FROM judged WHERE place < $here AND id IN (SELECT id FROM judged WHERE place = $here)
+        GROUP BY place
+    """
+    shared = dict(_ask(query, runs, here=here).fetchall())
+    enough = [place for place, count in shared.items() if count * 2 >= max(shared.values())]
+    return runs[max(enough)] if enough else None
+
+
+def _ask(query: str, runs: Sequence[Stored], **parameters: object) -> duckdb.DuckDBPyConnection:
+    """Run `query` over the table `cells` of `runs`, which are oldest first."""
+    files, folders = [str(one.file) for one in runs], [str(one.folder) for one in runs]
+    connection = duckdb.connect()
+    connection.execute("SET threads = 2")
+    connection.execute(f"CREATE TEMP TABLE cells AS {_CELLS}", {"files": files, "folders": folders})
+    return connection.execute(query, parameters)
