@@ -21,6 +21,7 @@ def pack_kernel(
     send_lse_ptr,
     lengths_ptr,
     starts_ptr,
+    peers_ptr,
     rows,
     sequences,
     search_steps,
@@ -31,14 +32,19 @@ def pack_kernel(
     lse_stride_h,
     send_out_stride,
     send_lse_stride,
+    lse_offset,
     HEADS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     MASK: tl.constexpr,
+    DIRECT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Copy BLOCK segments of one destination. MASK: 0 none, 1 a length per row, 2 a length per sequence."""
+    """Copy BLOCK segments of one destination. MASK: 0 none, 1 a length per row, 2 a length per sequence.
+
+    DIRECT: the chunk of rank n goes to the address peers[n], its LSEs lse_offset bytes behind it.
+    """
     rank = tl.program_id(1)
     segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = segment // SEGMENTS
@@ -75,10 +81,17 @@ def pack_kernel(
 
     bits = tl.where(live[:, None], bits, 0)
     lse = tl.where(live, lse, -float("inf"))
-    target = send_out_ptr + rank.to(tl.int64) * send_out_stride + segment.to(tl.int64)[:, None] * WIDTH
+    if DIRECT:
+        address = tl.multiple_of(tl.load(peers_ptr + rank), 128)
+        send_out = address.to(tl.pointer_type(send_out_ptr.dtype.element_ty))
+        send_lse = (address + lse_offset).to(tl.pointer_type(tl.float32))
+    else:
+        send_out = send_out_ptr + rank.to(tl.int64) * send_out_stride
+        send_lse = send_lse_ptr + rank.to(tl.int64) * send_lse_stride
+    target = send_out + segment.to(tl.int64)[:, None] * WIDTH
     tl.store(target + column[None, :], bits, mask=inside[:, None])
     first = inside & (part == 0)
-    tl.store(send_lse_ptr + rank.to(tl.int64) * send_lse_stride + row, lse, mask=first)
+    tl.store(send_lse + row, lse, mask=first)
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def pack(
     *,
     lengths: torch.Tensor | None = None,
     query_start_loc: torch.Tensor | None = None,
+    peers: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
     """Sort one rank's partials by destination, and empty the rows of empty shards, in one launch.
@@ -90,6 +91,9 @@ def pack(
     calls empty: `lengths` [B] alone gives each token's local KV length, with 0 for an empty shard or a padding row;
     with `query_start_loc` [S + 1], `lengths` [S] are those of sequences, sequence s owns the tokens
     [query_start_loc[s], query_start_loc[s + 1]), and tokens past the last one are padding. Both int32, on the device.
+
+    `peers` int64 [N]: addresses to write the chunks to, one for each rank, in the layout of `outputs` and `lses`, which
+    then only describe it and are not written (`direct.DirectCombine`).
 
     Raises ValueError for shapes, strides or dtypes that do not fit.
     """
@@ -115,6 +119,7 @@ def pack(
         lses,
         lengths,
         query_start_loc,
+        peers,
         rows,
         sequences,
         sequences.bit_length(),
@@ -122,10 +127,12 @@ def pack(
         *partial_lse.stride(),
         outputs.stride(0),
         lses.stride(0),
+        lses.data_ptr() - outputs.data_ptr(),
         HEADS=heads,
         SEGMENTS=head_dim // width,
         WIDTH=width,
         BLOCK=block,
+        DIRECT=peers is not None,
         MASK=0 if lengths is None else 1 if query_start_loc is None else 2,
         **launch.options,
     )

@@ -1,0 +1,140 @@
+"""HOP-B: the exchange of one micro-batch under the attention of the next.
+
+A decode batch is cut into micro-batches of requests. Attention runs them one after the other; as soon as one is done,
+its exchange runs beside the attention of the next, so that only the last exchange is exposed. Requests do not see each
+other in decode attention, so the result is the same numbers; it is the same bits where attention's own numerics do not
+depend on the batch around a row.
+
+Source: Helix paper (arXiv 2507.07120), section 2.1.3.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+Partial = TypeVar("Partial")
+
+
+def micro_batches(requests: int, count: int) -> list[slice]:
+    """`count` consecutive slices of `requests` whose sizes differ by at most one; fewer where there are too few."""
+    count = max(1, min(count, requests))
+    edges = [requests * part // count for part in range(count + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
+
+
+class Lanes(Protocol):
+    """Where exchanges run, in order, beside what the caller does next."""
+
+    def submit(self, exchange: Callable[[], None]) -> None:
+        """Start `exchange` once everything the caller has issued so far is done."""
+        ...
+
+    def join(self) -> None:
+        """What the caller issues from here on comes after every exchange."""
+        ...
+
+
+class StreamLanes:
+    """A second CUDA stream. Can be captured in a CUDA graph: it forks from the current stream and joins it again."""
+
+    def __init__(self, device: torch.device | str):
+        self.stream = torch.cuda.Stream(device)
+
+    def submit(self, exchange: Callable[[], None]) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            exchange()
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+class ThreadLanes:
+    """One thread, for CPU: a collective waits in it for its peers while the caller computes. Order is kept."""
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="helix-exchange")
+        self._pending: list[Future] = []
+
+    def submit(self, exchange: Callable[[], None]) -> None:
+        self._pending.append(self._thread.submit(exchange))
+
+    def join(self) -> None:
+        """Raises what an exchange raised."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+
+def overlapped(
+    slices: Sequence[slice],
+    attend: Callable[[int, slice], Partial],
+    exchange: Callable[[int, slice, Partial], None],
+    lanes: Lanes,
+) -> None:
+    """Attend every slice in order, each one's exchange beside the attention of the next.
+
+    attend(index, slice) returns a partial; exchange(index, slice, partial) moves and merges it, and writes the result
+    where it belongs. Exchanges run one at a time and in order, so they agree on every rank. One slice runs as if
+    nothing overlapped. Memory of the partials is held until all exchanges are joined.
+    """
+    if len(slices) == 1:
+        return exchange(0, slices[0], attend(0, slices[0]))
+    held = []
+    for index, part in enumerate(slices):
+        partial = attend(index, part)
+        held.append(partial)  # allocated on the caller's stream, read on the other: not to be reused before the join
+        lanes.submit(lambda index=index, part=part, partial=partial: exchange(index, part, partial))
+    lanes.join()
+    return None
+
+
+@dataclass(frozen=True)
+class OverlapCosts:
+    """What cutting a batch costs, in microseconds. Measured: benchmarks/results/overlap-h200.json.
+
+    split: an attention over a part takes that part of the whole's time and this. start: the same for an exchange.
+    contention: share of the exchange's time by which attention beside it is slowed.
+    """
+
+    split: float = 4.0
+    start: float = 3.0
+    contention: float = 0.15
+
+
+def predicted_us(count: int, attention_us: float, exchange_us: float, costs: OverlapCosts = OverlapCosts()) -> float:
+    """Time of attention and exchange in `count` micro-batches; for 1, their sum."""
+    if count == 1:
+        return attention_us + exchange_us
+    attend = attention_us / count + costs.split
+    exchange = exchange_us / count + costs.start
+    slowed = attend + costs.contention * min(exchange, attend)
+    return attend + (count - 1) * max(slowed, exchange) + exchange
+
+
+def micro_batch_count(
+    requests: int,
+    attention_us: float,
+    exchange_us: float,
+    costs: OverlapCosts = OverlapCosts(),
+    most: int = 16,
+    gain: float = 0.02,
+) -> int:
+    """How many micro-batches to cut `requests` into: the predicted best, or 1 where it would not save `gain`.
+
+    attention_us, exchange_us: of the whole batch, alone on the device.
+    """
+    whole = predicted_us(1, attention_us, exchange_us)
+    counts = range(2, min(most, requests) + 1)
+    best = min(counts, key=lambda count: predicted_us(count, attention_us, exchange_us, costs), default=1)
+    return best if best > 1 and predicted_us(best, attention_us, exchange_us, costs) <= (1 - gain) * whole else 1
+
+
+def measured_count(times_us: dict[int, float], gain: float = 0.02) -> int:
+    """The number of micro-batches whose measured time is least, or 1 where it does not save `gain` of that of 1."""
+    best = min(times_us, key=lambda count: times_us[count])
+    return best if times_us[best] <= (1 - gain) * times_us[1] else 1

@@ -1,0 +1,131 @@
+"""HOP-B: micro-batches, their order, and the rule of how many there are."""
+
+import threading
+
+import pytest
+import torch
+
+from helix_runtime.combine.merge import merge_partials
+from helix_runtime.overlap import (
+    OverlapCosts,
+    StreamLanes,
+    ThreadLanes,
+    measured_count,
+    micro_batch_count,
+    micro_batches,
+    overlapped,
+    predicted_us,
+)
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "requests, count, sizes",
+    [(8, 4, [2, 2, 2, 2]), (7, 3, [2, 2, 3]), (3, 8, [1, 1, 1]), (5, 1, [5]), (0, 4, [0])],
+)
+def test_micro_batches_cover_the_batch_in_order(requests, count, sizes):
+    slices = micro_batches(requests, count)
+    assert [part.stop - part.start for part in slices] == sizes
+    assert [row for part in slices for row in range(part.start, part.stop)] == list(range(requests))
+
+
+def test_an_exchange_runs_beside_the_next_attention():
+    """The first exchange waits for the second attention to have begun: without overlap this would never end."""
+    second, log = threading.Event(), []
+
+    def attend(index, part):
+        if index == 1:
+            second.set()
+        return f"partial {index}"
+
+    def exchange(index, part, partial):
+        if index == 0:
+            assert second.wait(10)
+        log.append((index, part, partial))
+
+    overlapped(micro_batches(5, 3), attend, exchange, ThreadLanes())
+    assert log == [
+        (0, slice(0, 1), "partial 0"),
+        (1, slice(1, 3), "partial 1"),
+        (2, slice(3, 5), "partial 2"),
+    ]
+
+
+def test_what_an_exchange_raises_reaches_the_caller_and_the_next_step_starts_clean():
+    lanes = ThreadLanes()
+
+    def fails(index, part, partial):
+        raise ConnectionError("peer left")
+
+    with pytest.raises(ConnectionError, match="peer left"):
+        overlapped(micro_batches(4, 2), lambda index, part: None, fails, lanes)
+    seen = []
+    overlapped(micro_batches(4, 2), lambda index, part: index, lambda index, part, partial: seen.append(partial), lanes)
+    assert seen == [0, 1]
+
+
+def test_one_micro_batch_uses_no_second_lane():
+    class Forbidden:
+        def submit(self, exchange):
+            raise AssertionError("nothing to overlap")
+
+    seen = []
+    overlapped(
+        [slice(0, 4)], lambda i, part: "p", lambda i, part, partial: seen.append((i, part, partial)), Forbidden()
+    )
+    assert seen == [(0, slice(0, 4), "p")]
+
+
+def test_the_prediction_by_hand():
+    """The paper: eight requests of 2 compute and 1.2 communication: 25.6 exposed, 8 * 2 + 1.2 = 17.2 hidden."""
+    free = OverlapCosts(split=0, start=0, contention=0)
+    assert predicted_us(1, 16.0, 9.6, free) == pytest.approx(25.6)
+    assert predicted_us(8, 16.0, 9.6, free) == pytest.approx(17.2)
+    costs = OverlapCosts(split=1.0, start=2.0, contention=0.5)
+    # attention 100 / 4 + 1 = 26, exchange 40 / 4 + 2 = 12, slowed 26 + 6 = 32: 26 + 3 * 32 + 12
+    assert predicted_us(4, 100.0, 40.0, costs) == pytest.approx(134.0)
+
+
+@pytest.mark.parametrize(
+    "requests, attention, exchange, several",
+    [(64, 1000.0, 500.0, True), (8, 1000.0, 5.0, False), (8, 10.0, 5.0, False), (1, 1000.0, 500.0, False)],
+)
+def test_the_batch_is_cut_only_where_it_pays(requests, attention, exchange, several):
+    count = micro_batch_count(requests, attention, exchange)
+    assert (count > 1) == several and count <= requests
+
+
+def test_the_measured_rule_keeps_one_unless_two_percent_are_saved():
+    assert measured_count({1: 100.0, 2: 99.0, 4: 98.5}) == 1
+    assert measured_count({1: 100.0, 2: 97.0, 4: 98.5}) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_two_streams_give_the_same_bits_and_replay_with_new_inputs():
+    outputs = torch.randn(4, 16, 8, 128, device="cuda", dtype=torch.bfloat16)
+    lses = torch.randn(4, 16, 8, device="cuda")
+    result = torch.empty(16, 8, 128, device="cuda", dtype=torch.bfloat16)
+    lanes = StreamLanes("cuda")
+
+    def attend(index, part):
+        return outputs[:, part] * 2, lses[:, part] + 1
+
+    def exchange(index, part, partial):
+        result[part] = merge_partials(*partial)[0]
+
+    def step():
+        overlapped(micro_batches(16, 5), attend, exchange, lanes)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        outputs.normal_()
+        lses.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result, merge_partials(outputs * 2, lses + 1)[0])
