@@ -40,6 +40,7 @@ exit status:
 #: `python -m harness NAME …` -> `module:function`, called with the rest of the arguments, returns the exit status.
 SUBCOMMANDS: dict[str, str] = {
     "doctor": "harness.doctor:main",
+    "faults": "harness.oracle.caught:main",
     "judge": "harness.oracle.offline:main",
     "plan": "helix_runtime.planner.cli:main",
     "starts": "harness.starts:main",

@@ -218,5 +218,12 @@ def make_fault(spec: str | None) -> ArmedFault:
     )
 
 
+def describe(name: str) -> str:
+    """What the fault `name` does, in one or two sentences. KeyError for an unknown one."""
+    from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401
+
+    return " ".join(FAULTS[name].__doc__.split())
+
+
 def _selectable(kind: type[Fault], key: str) -> bool:
     return kind.partial is not Fault.partial or (key != "head" and kind.local_lengths is not Fault.local_lengths)

@@ -1,0 +1,151 @@
+"""What the oracle said of the deliberate defects: `python -m harness faults RUN… [--json FILE] [--markdown FILE]`.
+
+RUNs are folders of runs (`./test_helix.sh --suite faults`). One row a defect and cell: was it caught, by which
+statistic, at what effect size (value / bound), or by the proof of path alone. A cell that ran twice counts last.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.frozen import Frozen
+from harness.ledger import find, read, results
+from harness.result import CellResult, Statistic
+from harness.verdict import CAUGHT, Verdict
+
+PROOF = "proof of path"
+
+
+class Row(Frozen):
+    """One defect in one cell. `statistic`, `value`, `bound` of the statistic that is furthest beyond its bound.
+
+    `effect`: value / bound, None where the bound is 0 or nothing is beyond; `beyond`: names of all that are beyond.
+    `how`: the verdict's own sentence.
+    """
+
+    fault: str
+    cell: str
+    mode: str
+    layout: str
+    verdict: Verdict
+    declared: Verdict
+    caught: bool
+    statistic: str = ""
+    value: float | None = None
+    bound: float | None = None
+    effect: float | None = None
+    beyond: tuple[str, ...] = ()
+    how: str = ""
+    why: str = ""
+
+
+class Table(Frozen):
+    """All rows, and what the judged cells without a defect of the same runs said."""
+
+    rows: tuple[Row, ...]
+    clean: int
+    alarms: int
+    band: str
+
+
+def effect(statistic: Statistic) -> float:
+    """How far beyond: value / bound; a bound of 0 (a missing answer, a lost token) counts by the value itself."""
+    return statistic.value / statistic.bound if statistic.bound else statistic.value
+
+
+def row(result: CellResult) -> Row:
+    """The row of a cell with a defect."""
+    cell = result.cell
+    beyond = [item for item in result.statistics if item.bound is not None and not item.value <= item.bound]
+    parts = [f"TP{cell.tp}/DCP{cell.kvp}", f"i{cell.interleave}", cell.comm or "", _served(result)]
+    common = {
+        "fault": cell.fault, "cell": cell.id, "mode": str(cell.mode), "layout": " ".join(filter(None, parts)),
+        "verdict": result.verdict, "declared": result.declared, "caught": result.verdict in CAUGHT,
+        "how": result.reason, "why": result.declared_why if result.declared is not Verdict.FAIL else "",
+    }  # fmt: skip
+    if not beyond:
+        return Row(**common, statistic=PROOF if result.verdict is Verdict.UNPROVEN else "")
+    worst = max((item for item in beyond if item.bound), key=effect, default=beyond[0])
+    return Row(
+        **common,
+        statistic=worst.name,
+        value=worst.value,
+        bound=worst.bound,
+        effect=effect(worst) if worst.bound else None,
+        beyond=tuple(item.name for item in beyond),
+    )
+
+
+def _served(result: CellResult) -> str:
+    """What tells cells with the same defect apart: options that make a second chunk, a hit or a preemption."""
+    serve = dict(result.cell.serve)
+    told = {"max-num-batched-tokens": "chunks of {}", "num-gpu-blocks-override": "{} blocks"}
+    return ", ".join(text.format(serve[name]) for name, text in told.items() if name in serve)
+
+
+def table(runs: Sequence[Path]) -> Table:
+    """The table of all `runs`. OSError where one has no ledger."""
+    found: dict[str, CellResult] = {}
+    for run in runs:
+        events, _ = read(find(run))
+        found |= {result.cell.key: result for result in results(events)}
+    judged = [result for result in found.values() if result.verdict is not Verdict.SKIP]
+    clean = [result for result in judged if not result.cell.fault and result.statistics]
+    return Table(
+        rows=tuple(row(result) for result in judged if result.cell.fault),
+        clean=len(clean),
+        alarms=sum(result.verdict is Verdict.FAIL for result in clean),
+        band=next((result.band for result in judged if result.band), ""),
+    )
+
+
+def markdown(made: Table) -> str:
+    """The table for docs and reports: what was not caught first."""
+    from helix_runtime.vllm_plugin.faults import describe
+
+    names = {item.fault.partition(":")[0] for item in made.rows}
+    missed = [item for item in made.rows if not item.caught]
+    lines = [
+        f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
+        f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
+        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms.",
+        "",
+        f"Judged by: {made.band}.",
+        "",
+        "| defect | cell | caught by | value | bound | value / bound | statistics beyond |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for item in sorted(made.rows, key=lambda item: (item.caught, item.mode, item.fault)):
+        by = item.statistic or f"**not caught** ({item.verdict})"
+        numbers = [_number(item.value), _number(item.bound), _number(item.effect), str(len(item.beyond) or "–")]
+        lines.append(f"| `{item.fault}` | {item.mode} {item.layout} | {by} | {' | '.join(numbers)} |")
+    if missed:
+        lines += ["", "Not caught, and why:", ""]
+        lines += [f"- `{item.fault}`, {item.mode} {item.layout}: {item.why or item.how}" for item in missed]
+    lines += ["", "What each defect does:", ""]
+    lines += [f"- `{name}`: {describe(name)}" for name in sorted(names)]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}" if value < 1000 else f"{value:,.0f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 when a defect that is declared to be caught was not."""
+    parser = argparse.ArgumentParser(prog="python -m harness faults", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write it there instead of printing it")
+    options = parser.parse_args(argv)
+    try:
+        made = table(options.runs)
+    except OSError as error:
+        parser.error(f"no run: {error.filename}; name folders that ./test_helix.sh --suite faults has written")
+    if options.json:
+        options.json.write_text(made.model_dump_json(indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(made) + "\n")
+    else:
+        print(markdown(made))
+    return int(any(item.declared is Verdict.FAIL and not item.caught for item in made.rows))

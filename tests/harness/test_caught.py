@@ -1,0 +1,77 @@
+"""The table of deliberate defects: what a run's rows say, and what the exit status is."""
+
+import pytest
+
+from harness.cell import Cell, Mode
+from harness.cli import main
+from harness.ledger import Ledger
+from harness.oracle.caught import PROOF, row, table
+from harness.result import CellResult, Statistic
+from harness.verdict import Verdict
+
+CELL = Cell(
+    mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=2, kvp=2, comm="a2a",
+    fault="drop-shard:layer=1",
+)  # fmt: skip
+CHANGE = Statistic(name="decode: largest logprob change", value=3.0, bound=1e-4, n=9, unit="nat")
+LOUD = Statistic(name="decode: loudness against the null", value=40.0, bound=2.0, n=9, unit="times")
+FINE = Statistic(name="prefill: largest logprob change", value=5e-5, bound=1e-4, n=9, unit="nat")
+MISSING = Statistic(name="missing answers", value=2, bound=0, n=2, unit="prompts")
+
+
+def result(verdict=Verdict.FAIL, statistics=(FINE, LOUD, CHANGE), declared=Verdict.FAIL, **cell) -> CellResult:
+    return CellResult(
+        cell=CELL.model_copy(update=cell), suites=("faults",), declared=declared, declared_why="why", verdict=verdict,
+        reason="because", statistics=statistics, band="a band",
+    )  # fmt: skip
+
+
+def test_a_row_names_the_statistic_that_is_furthest_beyond_its_bound():
+    made = row(result())
+    assert (made.statistic, made.value, made.bound) == (CHANGE.name, 3.0, 1e-4)
+    assert made.effect == pytest.approx(30_000)
+    assert made.caught and made.beyond == (LOUD.name, CHANGE.name)
+
+
+def test_a_missing_answer_has_no_effect_size():
+    made = row(result(statistics=(MISSING,)))
+    assert (made.statistic, made.value, made.effect) == (MISSING.name, 2, None)
+    assert row(result(statistics=(MISSING, CHANGE))).statistic == CHANGE.name
+
+
+def test_a_fallback_is_caught_by_its_proof():
+    made = row(result(Verdict.UNPROVEN, (FINE,)))
+    assert made.caught and made.statistic == PROOF
+
+
+def run_of(folder, *made: CellResult):
+    ledger = Ledger(folder)
+    for item in made:
+        ledger.result(item)
+    return folder
+
+
+def test_the_table_counts_clean_cells_apart_and_takes_the_last_run(tmp_path):
+    first = run_of(tmp_path / "a", result(Verdict.PASS, (FINE,)), result(Verdict.PASS, (FINE,), fault=None))
+    second = run_of(tmp_path / "b", result())
+    made = table([first, second])
+    assert [item.caught for item in made.rows] == [True]
+    assert (made.clean, made.alarms, made.band) == (1, 0, "a band")
+
+
+def test_the_command_tells_what_was_not_caught(tmp_path, capsys):
+    missed = run_of(tmp_path / "a", result(Verdict.PASS, (FINE,)), result(fault="swap-chunks"))
+    assert main(["faults", str(missed), "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr().out
+    assert "1 caught, 1 not" in said and "**not caught** (pass)" in said
+    assert said.index("drop-shard:layer=1") < said.index("swap-chunks")
+    assert "`swap-chunks`: The first two ranks of each group get each other's heads" in said
+    assert (tmp_path / "out.json").read_text().count('"fault"') == 2
+    excused = run_of(tmp_path / "b", result(Verdict.PASS, (FINE,), declared=Verdict.PASS))
+    assert main(["faults", str(excused)]) == 0
+    assert "drop-shard:layer=1`, helix-gqa TP2/DCP2 i1 a2a: why" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(SystemExit):
+        main(["faults", str(tmp_path / "none")])
