@@ -1,25 +1,209 @@
-"""Leases of this host's scarce things across processes. For now: TCP ports.
+"""Leases of this host's scarce things across processes: GPUs, ports, cores, memory.
 
-A lease is an exclusive `flock` on a small file, so the kernel gives it back when its holder dies, however it dies.
+A lease is an exclusive `flock` on a small file that says what is held, so the kernel gives it back when its holder dies,
+however it dies. The server's guard holds the same open file: what a killed harness had leased stays leased until its
+server is gone. All users and all harnesses of a host share one folder, unless `HELIX_LEASES` names another.
 """
 
+import contextlib
 import fcntl
+import itertools
+import json
 import os
 import socket
-import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.gpus import GpuMemory, memory_of, visible
+from harness.need import Need, Room, host_cores, host_memory
+
 #: Below Linux's ephemeral range, so that no outgoing connection sits on a leased port.
 PORTS = range(21000, 29000)
+#: Seconds after which a lease that is waited for is kept free for who waits, so that small ones do not starve it.
+PATIENCE = 20.0
+_numbers = itertools.count()
+
+
+class Cancelled(Exception):
+    """The run was interrupted while it waited for a lease."""
 
 
 def lease_folder() -> Path:
-    """Where lease files lie: one folder a user, shared by all runs on this host."""
-    folder = Path(tempfile.gettempdir()) / f"helix-leases-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Where lease files lie: one folder for all harnesses on this host. Raises OSError where it cannot be made."""
+    folder = Path(os.environ.get("HELIX_LEASES") or "/tmp/helix-leases")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+        folder.chmod(0o1777)
     return folder
+
+
+class Lease:
+    """GPUs, cores, memory and a port on 127.0.0.1, held until `release`. `descriptor` is for the server's guard."""
+
+    def __init__(self, need: Need, gpus: Sequence[str], path: Path, descriptor: int, resources: contextlib.ExitStack):
+        self.need = need
+        self.gpus = tuple(gpus)
+        self.descriptor = descriptor
+        self.port = 0
+        self._path = path
+        self._resources = resources
+        self._before = [memory_of(gpu) for gpu in self.gpus]
+
+    def release(self, patience: float = 30.0) -> str | None:
+        """Give everything back. Returns what is wrong with a GPU whose memory did not come free; that one stays leased,
+        to nobody, until it is free."""
+        stuck = self._stuck(patience)
+        for gpu, memory, before in stuck:
+            _quarantine(gpu, before)
+        self._path.unlink(missing_ok=True)
+        self._resources.close()
+        if not stuck:
+            return None
+        told = ", ".join(f"GPU {gpu} {memory}" for gpu, memory, _ in stuck)
+        return f"GPU memory was not given back within {patience:.0f} s: {told}; the GPU is quarantined until it is"
+
+    def _stuck(self, patience: float) -> list[tuple[str, GpuMemory, GpuMemory]]:
+        """(GPU, its memory now, its memory before) of each that is not as free as it was."""
+        until = time.monotonic() + patience
+        while True:
+            pairs = [(gpu, memory_of(gpu), before) for gpu, before in zip(self.gpus, self._before, strict=True)]
+            stuck = [(gpu, now, before) for gpu, now, before in pairs if now and before and not now.free_again(before)]
+            if not stuck or time.monotonic() > until:
+                return stuck
+            time.sleep(0.5)
+
+
+class Host:
+    """What this host lends. `take` gives a lease or None at once; `wait` waits for it."""
+
+    def __init__(self, room: Room | None = None):
+        self.room = room or Room(gpus=visible(), cores=host_cores(), memory_bytes=host_memory())
+
+    def take(self, need: Need) -> Lease | None:
+        """A lease, or None while others hold too much of what it takes. ValueError when this host lacks it for good."""
+        with _Ticket(need) as ticket:
+            return self._take(need, ticket)
+
+    def wait(self, need: Need, cancel: threading.Event) -> Lease:
+        """As `take`, as soon as others give enough back. Raises Cancelled."""
+        with _Ticket(need) as ticket:
+            while (lease := self._take(need, ticket)) is None:
+                if cancel.wait(0.3):
+                    raise Cancelled
+                ticket.age()
+        return lease
+
+    def _take(self, need: Need, ticket: "_Ticket") -> Lease | None:
+        if lack := self.room.lacks(need):
+            raise ValueError(lack)
+        with _one_at_a_time():
+            others = [*_held("lease"), *_held("want", before=ticket.since, but=ticket.path)]
+            taken = {gpu for other in others for gpu in other["gpus"]} | _quarantined()
+            gpus = [gpu for gpu in self.room.gpus if gpu not in taken]
+            cores = self.room.cores - sum(other["cores"] for other in others)
+            memory = self.room.memory_bytes - sum(other["memory"] for other in others)
+            wanted = sum(other["waits_for"] for other in others)
+            if need.gpus > len(gpus) - wanted or need.cores > cores or need.memory_bytes > memory:
+                return None
+            resources = contextlib.ExitStack()
+            try:
+                chosen = gpus[: need.gpus]
+                path, descriptor = _write("lease", need, chosen)
+                resources.callback(os.close, descriptor)
+                lease = Lease(need, chosen, path, descriptor, resources)
+                lease.port = resources.enter_context(lease_port())
+                return lease
+            except BaseException:
+                resources.close()
+                raise
+
+
+class _Ticket:
+    """A request for a lease. Once it is older than PATIENCE, later requests leave room for it."""
+
+    def __init__(self, need: Need):
+        self.need = need
+        self.since = time.monotonic()
+        self.path: Path | None = None
+        self._descriptor = -1
+
+    def age(self) -> None:
+        if self.path is None and time.monotonic() - self.since > PATIENCE:
+            with _one_at_a_time():
+                self.path, self._descriptor = _write("want", self.need, (), self.since)
+
+    def __enter__(self) -> "_Ticket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+
+def _write(kind: str, need: Need, gpus: Sequence[str], since: float = 0.0) -> tuple[Path, int]:
+    """A locked file that says what is held, or waited for; and its descriptor."""
+    held = {
+        "pid": os.getpid(), "cores": need.cores, "memory": need.memory_bytes, "gpus": list(gpus),
+        "waits_for": need.gpus if kind == "want" else 0, "since": since,
+    }  # fmt: skip
+    path = lease_folder() / f"{kind}-{os.getpid()}-{next(_numbers)}.json"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(descriptor, json.dumps(held).encode())
+    return path, descriptor
+
+
+def _held(kind: str, before: float = float("inf"), but: Path | None = None) -> list[dict]:
+    """What living holders hold. Files of dead ones are removed."""
+    found = []
+    for path in lease_folder().glob(f"{kind}-*.json"):
+        if path == but:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                if _locked(descriptor):
+                    path.unlink()
+                    continue
+                held = json.loads(os.pread(descriptor, 65536, 0))
+                if held["since"] < before:
+                    found.append(held)
+            finally:
+                os.close(descriptor)
+    return found
+
+
+def _quarantine(gpu: str, before: GpuMemory) -> None:
+    path = lease_folder() / f"quarantine-{gpu}.json"
+    path.write_text(json.dumps({"gpu": gpu, "used": before.used, "total": before.total}))
+
+
+def _quarantined() -> set[str]:
+    """GPUs whose memory some server did not give back. One that is as free as before that server is let out."""
+    found = set()
+    for path in lease_folder().glob("quarantine-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(path.read_text())
+            memory = memory_of(held["gpu"])
+            if memory and memory.free_again(GpuMemory(held["used"], held["total"])):
+                path.unlink(missing_ok=True)
+            else:
+                found.add(held["gpu"])
+    return found
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    descriptor = _open_shared(lease_folder() / "host.lock")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -28,7 +212,7 @@ def lease_port(ports: range = PORTS) -> Iterator[int]:
     folder = lease_folder()
     start = os.getpid() % len(ports)  # runs that start together look at different ports first
     for port in (ports[(start + step) % len(ports)] for step in range(len(ports))):
-        descriptor = os.open(folder / f"port-{port}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = _open_shared(folder / f"port-{port}")
         try:
             if _locked(descriptor) and _free(port):
                 yield port
@@ -36,6 +220,13 @@ def lease_port(ports: range = PORTS) -> Iterator[int]:
         finally:
             os.close(descriptor)
     raise RuntimeError(f"no free port on 127.0.0.1 from {ports.start} to {ports.stop - 1}")
+
+
+def _open_shared(path: Path) -> int:
+    """A descriptor to lock by. Another user's file is opened without O_CREAT, which a sticky folder would refuse."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
 
 def _locked(descriptor: int) -> bool:

@@ -1,52 +1,102 @@
 """The ledger of a run: append-only NDJSON, one event a line, on disk before the next step is taken."""
 
+import contextlib
+import fcntl
 import json
 import lzma
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic_core import from_json
 
 from harness.result import CellResult
+from harness.redact import clean_of_secrets
 
 NAME = "ledger.ndjson"
 PACKED = f"{NAME}.xz"  # how committed evidence keeps it
 
 
+class LedgerBusy(Exception):
+    """Another harness is writing this run."""
+
+
 class Ledger:
-    """Writes `run_dir/ledger.ndjson`. Safe for threads; every line is written whole and synced."""
+    """Writes `run_dir/ledger.ndjson`. Safe for threads; every line is written whole and synced, or not at all.
+
+    Raises OSError when the disk is full or the folder cannot be written; what was written before stays readable.
+    """
 
     def __init__(self, run_dir: Path):
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / NAME
         self._lock = threading.Lock()
 
-    def run_start(self, run: str, planned: list[str], hardware: list[str], argv: list[str]) -> None:
-        self._append({"event": "run-start", "run": run, "planned": planned, "hardware": hardware, "argv": argv})
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other harnesses out of this run meanwhile, however this one ends. Raises LedgerBusy."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise LedgerBusy(f"another harness is writing {self.path}") from None
+        finally:
+            os.close(descriptor)
+
+    def run_start(
+        self,
+        run: str,
+        planned: list[str],
+        hardware: list[str],
+        argv: list[str],
+        chosen: dict | None = None,
+        kept: list[str] | None = None,
+    ) -> None:
+        """`chosen`: what selects the cells again; `kept`: ids that a resumed run does not run again."""
+        resumed = {} if kept is None else {"resumed": True, "kept": kept}
+        more = {"argv": argv, "chosen": chosen or {}, **resumed}
+        self._append({"event": "run-start", "run": run, "planned": planned, "hardware": hardware, **more})
 
     def cell_start(self, cell_id: str) -> None:
         self._append({"event": "cell-start", "id": cell_id})
 
-    def result(self, result: CellResult) -> None:
-        self._append({"event": "result", "result": result.model_dump(mode="json")})
+    def attempt(self, cell_id: str, key: str, number: int, verdict: str, reason: str, cause: str | None) -> None:
+        """One attempt at a cell, judged or lost. `key`: `harness.resume.fingerprint`; `cause`: a failed server's."""
+        told = {"id": cell_id, "key": key, "number": number, "verdict": verdict, "reason": reason, "cause": cause}
+        self._append({"event": "attempt", **told})
+
+    def result(self, result: CellResult, key: str = "") -> None:
+        """A cell's row; the last one of a cell counts. `key`: `harness.resume.fingerprint`."""
+        self._append({"event": "result", "key": key, "result": result.model_dump(mode="json")})
 
     def run_end(self) -> None:
         self._append({"event": "run-end"})
 
     def _append(self, event: dict) -> None:
-        line = (json.dumps({**event, "time": now()}) + "\n").encode()
+        line = (json.dumps({**clean_of_secrets(event), "time": now(), "clock": round(time.monotonic(), 3)}) + "\n").encode()
         with self._lock:
+            new = not self.path.exists()
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            size = os.fstat(descriptor).st_size
             try:
                 if _torn(descriptor):
                     line = b"\n" + line
                 while line:
                     line = line[os.write(descriptor, line) :]
                 os.fsync(descriptor)
+            except OSError as problem:
+                with contextlib.suppress(OSError):  # half a line would only confuse
+                    os.ftruncate(descriptor, size)
+                raise OSError(problem.errno, problem.strerror, str(self.path)) from problem
             finally:
                 os.close(descriptor)
+            if new:
+                _sync_folder(self.path.parent)
 
 
 def find(run_dir: Path) -> Path:
@@ -97,6 +147,24 @@ def results(events: list[dict]) -> list[CellResult]:
     return [CellResult.model_validate(event["result"]) for event in events if event["event"] == "result"]
 
 
+def clock_jumps(events: list[dict], tolerance: float = 5.0) -> list[str]:
+    """A sentence for each step of the wall clock that the steady clock did not make, within one session of a run."""
+    told: list[str] = []
+    before: tuple[datetime, float] | None = None
+    for event in events:
+        try:
+            here = (datetime.fromisoformat(event["time"]), float(event["clock"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+        if before and event["event"] != "run-start":  # the steady clock starts anew with the host
+            jump = (here[0] - before[0]).total_seconds() - (here[1] - before[1])
+            if abs(jump) > tolerance:
+                word = "forward" if jump > 0 else "back"
+                told.append(f"the host's clock jumped {word} by {abs(jump):.0f} s before {event['time']}")
+        before = here
+    return told
+
+
 def now() -> str:
     """ISO 8601, UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -106,3 +174,12 @@ def _torn(descriptor: int) -> bool:
     """Whether the file ends in the middle of a line, after a crash; then a new line comes first."""
     size = os.fstat(descriptor).st_size
     return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file survives a crash only once its folder is on disk too."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

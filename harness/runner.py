@@ -12,24 +12,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
+from harness.attempts import RETRIES, settle, worth_again
 from harness.capacity import capacity
 from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor
 from harness.hardware import detect
-from harness.ledger import Ledger, now
+from harness.ledger import Ledger, clock_jumps, now, read
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, observe, with_capacity
 from harness.oracle.bands import BATCH, TP_SIZE, Bands
 from harness.result import CellResult, Phase
+from harness.resume import NOTHING, Setting, code_key, fingerprint, keep, saved
+from harness.server.place import Place, make_place
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
 Progress = Callable[[str], None]
+#: So many cells are tried for one that fits beside what runs.
+_MISSES = 8
 
 
 class Executor(Protocol):
     """What the scheduler needs of the place where servers run."""
+
+    def reserve(self, cell: Cell) -> bool:
+        """Lease what the next attempt at `cell` takes of the host; False while others hold it."""
+        ...
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt: ...
 
@@ -48,17 +57,24 @@ def run(
     progress: Progress = print,
     executor: Executor | None = None,
     localise: bool = True,
+    repeat: int = 1,
+    resume: bool = False,
+    chosen: dict | None = None,
 ) -> list[CellResult]:
     """Run `plan` with at most `jobs` servers at a time; one result a cell, in the plan's order, each in the ledger.
 
-    `localise`: run a cell that failed once more, with capture on, to tell where it goes wrong.
+    `localise`: run a cell that failed once more, with capture on, to tell where it goes wrong. `repeat`: judge every
+    cell this often; attempts that disagree are `flaky`. `resume`: keep what the ledger in `run_dir` holds and still
+    counts. `chosen`: what selects these cells again, for the ledger.
 
     Ctrl-C stops what runs and raises KeyboardInterrupt after all servers are gone; a second one kills them. What was
-    interrupted has no result. ValueError for a runtime that is not built.
+    interrupted has no result. ValueError for an unknown runtime, LedgerBusy while another harness writes this run.
     """
-    if runtime != "process":
-        raise ValueError(f"runtime {runtime!r} is not built; allowed: process")
-    return _Run(plan, Path(run_dir), jobs, progress, executor or LocalExecutor(), localise).run()
+    place = make_place(runtime)
+    executor = executor or LocalExecutor(place=place)
+    made = _Run(plan, Path(run_dir), jobs, progress, executor, localise, repeat, place)
+    with made.ledger.alone():
+        return made.run(resume, chosen)
 
 
 class _Run:
@@ -70,6 +86,8 @@ class _Run:
         progress: Progress,
         executor: Executor,
         localise: bool,
+        repeat: int,
+        place: Place,
     ):
         self.plan = list(plan)
         self.localise = localise
@@ -85,21 +103,40 @@ class _Run:
         self.bands = Bands(run_dir / "bands")
         self.judged = sum(item.baseline is not None and item.skip is None for item in self.plan)
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
+        self.repeat = repeat
+        self.setting = Setting(
+            versions=self.versions, hardware=(*self.hardware, driver()), runtime=place.name, image=place.image,
+            code=code_key(),
+        )  # fmt: skip
+        self.keys = {item.cell.key: fingerprint(item, self.setting) for item in self.plan}
+        self.kept = NOTHING
 
-    def run(self) -> list[CellResult]:
+    def run(self, resume: bool = False, chosen: dict | None = None) -> list[CellResult]:
         planned = [item.cell.id for item in self.plan]
-        self.ledger.run_start(self.run_dir.name, planned, self.hardware, sys.argv)
-        waiting = sorted(self.plan, key=lambda item: (item.skip is None, not item.cell.baseline))
+        kept = self._keep() if resume else None
+        self.ledger.run_start(self.run_dir.name, planned, self.hardware, sys.argv, chosen, kept)
+        todo = [item for item in self.plan if item.cell.key not in self.results]
+        waiting = sorted(todo, key=self._order)
         running: set[Future] = set()
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
                     while waiting or running:
-                        for item in [item for item in waiting if self._ready(item)][: self.jobs - len(running)]:
-                            waiting.remove(item)
-                            running.add(pool.submit(self._one, item))
-                        if not running:
+                        ready = [item for item in waiting if self._ready(item)]
+                        if not ready and not running:
                             raise RuntimeError(f"{len(waiting)} cells wait for each other")
+                        taken, misses = set(), 0
+                        for item in ready:
+                            if len(running) >= self.jobs or misses > _MISSES:
+                                break
+                            if self._asks(item) and not self.executor.reserve(item.cell):
+                                misses += 1  # a smaller one may fit beside what runs
+                                continue
+                            taken.add(item.cell.key)
+                            running.add(pool.submit(self._one, item))
+                        waiting = [item for item in waiting if item.cell.key not in taken]
+                        if not running:  # others on this host hold all
+                            time.sleep(0.5)
                         done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                         for future in done:
                             future.result()
@@ -110,10 +147,48 @@ class _Run:
             self.ledger.run_end()
         return [self.results[item.cell.key] for item in self.plan]
 
+    def _order(self, item: PlannedCell) -> tuple:
+        """Skipped ones first, which take no time; baselines before others; the largest first, which packs best."""
+        return (item.skip is None, not item.cell.baseline, -item.cell.tp if self.jobs > 1 else 0)
+
     def _ready(self, item: PlannedCell) -> bool:
         base = item.baseline
-        planned = base is not None and any(other.cell.key == base.key for other in self.plan)
-        return item.skip is not None or not planned or base.key in self.references
+        return item.skip is not None or base is None or base.key not in self.keys or base.key in self.references
+
+    def _asks(self, item: PlannedCell) -> bool:
+        """Whether a server is started for it."""
+        has_reference = item.baseline is None or self.references.get(item.baseline.key) is not None
+        return item.skip is None and has_reference
+
+    def _keep(self) -> list[str]:
+        """Take over what the ledger holds and still counts; returns the ids."""
+        events, warnings = read(self.ledger.path)
+        for told in (*warnings, *clock_jumps(events)):
+            self.progress(f"ledger: {told}")
+        self.kept = keep(events, self.plan, self.setting, {item.cell.key: self._folder(item.cell) for item in self.plan})
+        for item in self.plan:
+            result = self.kept.results.get(item.cell.key)
+            if result is None:
+                continue
+            self.results[item.cell.key] = result
+            if item.cell.baseline:
+                self._keep_reference(item, result)
+        return [result.cell.id for result in self.kept.results.values()]
+
+    def _keep_reference(self, item: PlannedCell, result: CellResult) -> None:
+        """What a finished baseline gives to others, read back from its folder."""
+        cell, transcript = item.cell, self.kept.references.get(item.cell.key)
+        self.references[cell.key] = transcript
+        self.capacities[cell.key] = result.kv_cache_tokens
+        if transcript is None:
+            return
+        if again := saved(self._folder(cell), cell, None, "again.json"):
+            self.bands.add(cell, BATCH, transcript, again)
+        if item.baseline and (tp1 := self.references.get(item.baseline.key)):
+            self.bands.add(cell, TP_SIZE, transcript, tp1)
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.run_dir / "cells" / folder_name(cell)
 
     def _stop(self, running: set[Future]) -> None:
         """Ask all servers to stop and wait for it; kill them when asked a second time."""
@@ -128,34 +203,16 @@ class _Run:
     def _one(self, item: PlannedCell) -> None:
         """One cell, to its row. Nothing but a defect of the ledger gets out of here."""
         started, cell = now(), item.cell
-        attempt: Attempt | None = None
+        attempt, number = None, 0
         follow = self.references.get(item.baseline.key) if item.baseline else None
         if item.skip is not None:
             seen = Observation(Verdict.SKIP, item.skip)
         elif item.baseline is not None and follow is None:
-            seen = Observation(Verdict.ERROR, self._no_baseline(item.baseline))
+            seen = self._no_baseline(item.baseline)
         else:
             self.ledger.cell_start(cell.id)
             self.progress(f"start     {cell.id}")
-            try:
-                ask = item.declared is not Verdict.REJECTED
-                # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
-                forced = None if cell.baseline else follow
-                attempt = self.executor.attempt(cell, self.run_dir / "cells" / folder_name(cell), forced, ask)
-                if attempt.again is not None:
-                    self.bands.add(cell, BATCH, attempt.transcript, attempt.again)
-                # A baseline is judged by its own other batches, or by the shipped band: never by its difference to TP1.
-                began = time.monotonic()
-                seen = observe(item, attempt, follow, self.bands.of(self._base(item)), self.judged)
-                judging = Phase(name="judge", seconds=round(time.monotonic() - began, 3))
-                attempt = attempt._replace(phases=(*attempt.phases, judging))
-                if item.baseline:
-                    base_tokens = self.capacities.get(item.baseline.key)
-                    seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
-            except Exception as problem:
-                where = traceback.extract_tb(problem.__traceback__)[-1]
-                said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"
-                seen = Observation(Verdict.ERROR, said)
+            attempt, seen, number = self._attempts(item, follow)
         if self.executor.cancel.is_set() and item.skip is None:
             return
         where = self._localise(item, seen)  # interrupted here, the verdict stands
@@ -164,22 +221,74 @@ class _Run:
             self.capacities[cell.key] = attempt.kv_cache_tokens if attempt else None
             if complete and follow is not None:
                 self.bands.add(cell, TP_SIZE, attempt.transcript, follow)
-            self.references[cell.key] = attempt.transcript if complete else None
-        result = self._result(item, seen, attempt, started, where)
+        result = self._result(item, seen, attempt, started, where).model_copy(update={"attempts": number})
         self.results[cell.key] = result
-        self.ledger.result(result)
+        self.ledger.result(result, self.keys[cell.key])
+        if cell.baseline:
+            self.references[cell.key] = attempt.transcript if complete else None  # now others may start
         if item.skip is None:
             self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
+
+    def _attempts(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation, int]:
+        """(last attempt, verdict of all, how many there were in this run)."""
+        judged, lost, number = list(self.kept.judged.get(item.cell.key, ())), [], 0
+        wanted = max(self.repeat, 1)
+        while True:
+            attempt, seen = self._try(item, follow)
+            number += 1
+            if self.executor.cancel.is_set():
+                return attempt, seen, number
+            failure = attempt.failure if attempt else None
+            cause = str(failure.cause) if failure else None
+            self.ledger.attempt(item.cell.id, self.keys[item.cell.key], number, seen.verdict, seen.reason, cause)
+            if seen.verdict is Verdict.ERROR:
+                lost.append(seen.reason)
+                if attempt is None or len(lost) > RETRIES or not worth_again(failure, attempt.started):
+                    break
+                self.progress(f"again     {item.cell.id}: lost to infrastructure: {seen.reason}")
+            else:
+                judged.append((seen.verdict, seen.reason))
+                wanted -= 1
+                if not wanted:
+                    break
+        return attempt, settle(judged, lost, seen), number
+
+    def _try(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation]:
+        """One attempt at a cell, judged."""
+        cell, attempt = item.cell, None
+        try:
+            ask = item.declared is not Verdict.REJECTED
+            # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
+            forced = None if cell.baseline else follow
+            attempt = self.executor.attempt(cell, fresh(self._folder(cell)), forced, ask)
+            if attempt.again is not None:
+                self.bands.add(cell, BATCH, attempt.transcript, attempt.again)
+            # A baseline is judged by its own other batches, or by the shipped band: never by its difference to TP1.
+            began = time.monotonic()
+            seen = observe(item, attempt, follow, self.bands.of(self._base(item)), self.judged)
+            judging = Phase(name="judge", seconds=round(time.monotonic() - began, 3))
+            attempt = attempt._replace(phases=(*attempt.phases, judging))
+            if item.baseline:
+                base_tokens = self.capacities.get(item.baseline.key)
+                seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
+        except Exception as problem:
+            where = traceback.extract_tb(problem.__traceback__)[-1]
+            said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"
+            seen = Observation(Verdict.ERROR, said)
+        return attempt, seen
 
     def _base(self, item: PlannedCell) -> Cell:
         """The standard-TP cell whose band holds for `item`: itself for a baseline, else the one it is compared with."""
         return item.cell if item.cell.baseline or item.baseline is None else item.baseline
 
-    def _no_baseline(self, baseline: Cell) -> str:
+    def _no_baseline(self, baseline: Cell) -> Observation:
         if baseline.key not in self.references:
-            return f"its baseline {baseline.id} is not among the cells of this run"
-        failed = self.results.get(baseline.key)
-        return f"its baseline {baseline.id} gave no reference: {failed.reason if failed else 'it did not finish'}"
+            return Observation(Verdict.ERROR, f"its baseline {baseline.id} is not among the cells of this run")
+        known = self.results.get(baseline.key)
+        if known and known.verdict is Verdict.SKIP:
+            return Observation(Verdict.SKIP, f"its baseline {baseline.id} is skipped: {known.reason}")
+        reason = known.reason if known else "it did not finish"
+        return Observation(Verdict.ERROR, f"its baseline {baseline.id} gave no reference: {reason}")
 
     def _localise(self, item: PlannedCell, seen: Observation) -> str:
         """For answers that differ: one more run with capture on, told as a sentence. Never changes the verdict.
@@ -190,7 +299,7 @@ class _Run:
         if not (self.localise and wrong and can_localise(item.cell)) or item.declared is Verdict.FAIL:
             return ""
         self.progress(f"localise  {item.cell.id}")
-        folder = self.run_dir / "cells" / folder_name(item.cell) / "capture"
+        folder = self._folder(item.cell) / "capture"
         try:
             attempt = self.executor.attempt(with_capture(item.cell), folder, self.references[item.baseline.key])
             told = describe(folder / "proof")
@@ -231,6 +340,19 @@ class _Run:
 def folder_name(cell: Cell) -> str:
     """A cell's folder: its id without slashes, and its key, so that no two share one."""
     return f"{cell.id.replace('/', '__')[:120]}__{cell.key[:8]}"
+
+
+def fresh(folder: Path) -> Path:
+    """`folder`, with what an earlier attempt left there moved aside: old proofs must not prove a new attempt."""
+    if folder.exists():
+        numbers = (number for number in range(1, 1000) if not folder.with_name(f"{folder.name}.{number}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{next(numbers)}"))
+    return folder
+
+
+def driver(told: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The NVIDIA driver's first line about itself; "" without one."""
+    return told.read_text().partition("\n")[0].strip() if told.is_file() else ""
 
 
 def versions() -> tuple[tuple[str, str], ...]:

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 from harness.cell import Cell
 from harness.client import answer_all
-from harness.lease import lease_port
+from harness.lease import Host, Lease
 from harness.models.recipe import PREFIX, shape
+from harness.need import need_of
 from harness.result import Phase
-from harness.server.launch import make_launch
-from harness.server.log import Failure, read_log, tail
+from harness.server.log import Cause, Failure, read_log, tail
+from harness.server.place import Place, Processes
 from harness.server.process import Limits, Server, ServerFailed
 from harness.transcript import Transcript
 from harness.workload import Workload, workload_of
@@ -38,54 +39,81 @@ class Attempt(NamedTuple):
 
 
 class LocalExecutor:
-    """`cancel` stops what runs; `end_all` kills it."""
+    """`cancel` stops what runs; `end_all` kills it. `host` lends what servers take; `place` is where they run."""
 
-    def __init__(self, limits: Limits | None = None):
+    def __init__(self, limits: Limits | None = None, place: Place | None = None, host: Host | None = None):
         self.limits = limits or Limits()
+        self.place = place or Processes()
+        self.host = host or Host()
         self.cancel = threading.Event()
         self._live: set[Server] = set()
+        self._reserved: dict[str, Lease] = {}  # by cell key, for the next attempt
+
+    def reserve(self, cell: Cell) -> bool:
+        """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt."""
+        try:
+            lease = self.host.take(need_of(cell, self.host.room.cores))
+        except (ValueError, RuntimeError, OSError):
+            return True  # the attempt meets it again, and its row says so
+        if lease is not None:
+            self._reserved[cell.key] = lease
+        return lease is not None
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
         """Start `cell` in `folder` (log, proofs, workload, transcript), ask its workload following `follow`, and stop.
 
         Without `ask` it is stopped as soon as it is ready. Server failures are in the attempt; NotForced,
-        RuntimeError (no port) and OSError are raised.
+        RuntimeError (no port), ValueError (this host lacks what it takes), Cancelled and OSError are raised.
         """
         folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         phases: list[Phase] = []
+        with _timed("lease", phases):
+            lease = self._reserved.pop(cell.key, None)
+            lease = lease or self.host.wait(need_of(cell, self.host.room.cores), self.cancel)
+        try:
+            attempt = self._served(cell, folder, follow, ask, lease, phases)
+        finally:
+            with _timed("release", phases):
+                stuck = lease.release()
+        attempt = attempt._replace(phases=tuple(phases))
+        if stuck and attempt.failure is None:
+            failure = Failure(cause=Cause.GPU_MEMORY, reason=stuck, log_tail=attempt.log_tail)
+            return attempt._replace(failure=failure)
+        return attempt
+
+    def _served(
+        self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool, lease: Lease, phases: list[Phase]
+    ) -> Attempt:
         started, failure, transcript, again = False, None, None, None
         log = folder / "server.log"
-        with lease_port() as port:
-            with _timed("model", phases):
-                launch = make_launch(cell, folder, port)
-            server = Server(launch, log, self.limits, self.cancel)
-            self._live.add(server)
-            try:
-                with _timed("start", phases):
-                    server.start()
-                started = True
-                if ask:
-                    workload = _workload(cell)
-                    (folder / "workload.json").write_text(workload.model_dump_json())  # for other engines to answer
-                    with _timed("workload", phases):
-                        transcript = answer_all(server, cell, workload, dtype_of(cell), follow)
-                    transcript.save(folder / "transcript.json")
-                    # On CPU rows of a batch do not change each other's sums (seen identical): nothing to measure.
-                    if cell.baseline and cell.hardware != "cpu":
-                        with _timed("null band", phases):
-                            again = _answer_in_other_batches(server, cell, workload)
-                        again.save(folder / "again.json")
-            except ServerFailed as failed:
-                failure = failed.failure
-            finally:
-                proofs = tuple(read_proofs(launch.proof_dir)) if launch.proof_dir else ()
-                with _timed("stop", phases):
-                    server.stop()
-                self._live.discard(server)
-        text = read_log(log)
-        tokens = server.kv_cache_tokens()
-        return Attempt(started, failure, transcript, proofs, tokens, tail(text), tuple(phases), again)
+        with _timed("model", phases):
+            launch = self.place.launch(cell, folder, lease.port, lease.gpus)
+        server = Server(launch, log, self.limits, self.cancel, lease.descriptor)
+        self._live.add(server)
+        try:
+            with _timed("start", phases):
+                server.start()
+            started = True
+            if ask:
+                workload = _workload(cell)
+                (folder / "workload.json").write_text(workload.model_dump_json())  # for other engines to answer
+                with _timed("workload", phases):
+                    transcript = answer_all(server, cell, workload, dtype_of(cell), follow)
+                transcript.save(folder / "transcript.json")
+                # On CPU rows of a batch do not change each other's sums (seen identical): nothing to measure.
+                if cell.baseline and cell.hardware != "cpu":
+                    with _timed("null band", phases):
+                        again = _answer_in_other_batches(server, cell, workload)
+                    again.save(folder / "again.json")
+        except ServerFailed as failed:
+            failure = failed.failure
+        finally:
+            proofs = tuple(read_proofs(launch.proof_dir)) if launch.proof_dir else ()
+            with _timed("stop", phases):
+                server.stop()
+            self._live.discard(server)
+        return Attempt(started, failure, transcript, proofs, server.kv_cache_tokens(), tail(read_log(log)), (), again)
 
     def end_all(self) -> None:
         """Kill every running server now, without grace."""

@@ -30,6 +30,7 @@ class Launch(Frozen):
     port: int
     model: str
     proof_dir: Path | None = None
+    guard: tuple[str, ...] = ("harness.server.guard",)  # module and options of what starts it, and ends it
 
     @property
     def url(self) -> str:

@@ -36,14 +36,23 @@ class ServerFailed(Exception):
 class Server:
     """One running server, or a context manager for it. After `stop`, nothing of it is left on the host.
 
-    `cancel` is looked at while waiting: when set, the server is stopped and ServerFailed(INTERRUPTED) raised.
+    `cancel` is looked at while waiting: when set, the server is stopped and ServerFailed(INTERRUPTED) raised. `lease`:
+    the descriptor of a lease, which the guard holds too, so that it ends no earlier than the server.
     """
 
-    def __init__(self, launch: Launch, log: Path, limits: Limits | None = None, cancel: threading.Event | None = None):
+    def __init__(
+        self,
+        launch: Launch,
+        log: Path,
+        limits: Limits | None = None,
+        cancel: threading.Event | None = None,
+        lease: int | None = None,
+    ):
         self.launch = launch
         self.log = log
         self.limits = limits or Limits()
         self.cancel = cancel or threading.Event()
+        self.lease = lease
         self._guard: subprocess.Popen | None = None
         self._lock = threading.Lock()
 
@@ -58,7 +67,7 @@ class Server:
     def start(self) -> "Server":
         """Start and wait until our own model answers with one token. Raises ServerFailed, and then nothing is left."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "harness.server.guard", "--grace", str(self.limits.stop), "--"]
+        guard = [sys.executable, "-m", *self.launch.guard, "--grace", str(self.limits.stop), "--"]
         with self.log.open("wb") as log:
             self._guard = subprocess.Popen(
                 [*guard, *self.launch.argv],
@@ -67,6 +76,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=dict(self.launch.env),
                 start_new_session=True,
+                pass_fds=() if self.lease is None else (self.lease,),
             )
         try:
             self._wait_ready()

@@ -6,9 +6,11 @@ import pytest
 from test_server import gone, launch, logged
 
 from harness.cell import Cell, Mode
-from harness.executors import local
 from harness.executors.local import LocalExecutor, dtype_of
+from harness.lease import Host
+from harness.need import Room
 from harness.server.log import Cause
+from harness.server.place import Processes
 from harness.server.process import Limits
 from harness.transcript import Transcript
 from helix_runtime.proof import ProofWriter
@@ -19,15 +21,15 @@ CELL = Cell(
 
 
 @pytest.fixture
-def executor(monkeypatch):
+def executor():
     """`executor(behaviour)` runs the stub in that behaviour instead of a cell's server."""
 
     def made(behaviour: str) -> LocalExecutor:
-        def stub(cell, folder, port):
-            return launch(behaviour, port).model_copy(update={"proof_dir": folder / "proof"})
+        class Stubs(Processes):
+            def launch(self, cell, folder, port, gpus):
+                return launch(behaviour, port).model_copy(update={"proof_dir": folder / "proof"})
 
-        monkeypatch.setattr(local, "make_launch", stub)
-        return LocalExecutor(Limits(start=20, stop=0.3))
+        return LocalExecutor(Limits(start=20, stop=0.3), Stubs(), Host(Room(cores=8, memory_bytes=2**40)))
 
     return made
 
@@ -37,7 +39,7 @@ def test_a_whole_attempt(executor, tmp_path):
     attempt = executor("well").attempt(CELL, tmp_path, None)
     assert attempt.started and attempt.failure is None and attempt.proofs == ()
     assert attempt.kv_cache_tokens == 21824 and "stub" in attempt.log_tail
-    assert [phase.name for phase in attempt.phases] == ["model", "start", "workload", "stop"]
+    assert [phase.name for phase in attempt.phases] == ["lease", "model", "start", "workload", "stop", "release"]
     assert Transcript.load(tmp_path / "transcript.json") == attempt.transcript
     assert all(len(answer.steps) > 0 for answer in attempt.transcript.answers)
     assert gone(int(logged(tmp_path, r"stub (\d+)")))

@@ -69,6 +69,9 @@ class Table:
         self.ran: list[tuple[Cell, bool, bool]] = []
         self.killed = False
 
+    def reserve(self, cell: Cell) -> bool:
+        return True
+
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
         self.ran.append((cell, follow is not None, ask))
         answer = self.answers.get(cell.key, good(cell))
@@ -200,9 +203,9 @@ def test_ctrl_c_cancels_and_leaves_finished_rows(tmp_path):
     assert events[-1]["event"] == "run-end"
 
 
-def test_docker_is_not_built(tmp_path):
-    with pytest.raises(ValueError, match="allowed: process"):
-        run([planned(BASE)], run_dir=tmp_path, runtime="docker", executor=Table())
+def test_an_unknown_runtime_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="allowed: process, docker"):
+        run([planned(BASE)], run_dir=tmp_path, runtime="podman", executor=Table())
 
 
 def test_folders_are_flat_and_apart():

@@ -1,0 +1,42 @@
+"""Several attempts at one cell -> one verdict. A retry is for infrastructure only and never hides a comparison."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from harness.observe import Observation
+from harness.server.log import Cause, Failure
+from harness.verdict import Verdict
+
+#: How often a cell is started again after infrastructure failed it.
+RETRIES = 1
+
+#: Causes that come from the host and may be gone a moment later. Not among them: a refusal, a missing model and memory
+#: (which is leased): the same again; and a crash or a hang while answering: may be a defect of the cell itself.
+_PASSING = (Cause.PORT_IN_USE, Cause.NCCL, Cause.DAEMON)
+_PASSING_AT_START = (Cause.TIMEOUT,)
+
+
+def worth_again(failure: Failure | None, started: bool) -> bool:
+    """Whether an attempt that ended so is made again. `started`: its server had been ready."""
+    if failure is None:
+        return False
+    return failure.cause in _PASSING or (not started and failure.cause in _PASSING_AT_START)
+
+
+def settle(judged: Sequence[tuple[Verdict, str]], lost: Sequence[str], last: Observation) -> Observation:
+    """The verdict of a cell from its attempts: those that were judged, what the others were lost to, and the last one.
+
+    Judged attempts that disagree are `flaky`, however the last one ended.
+    """
+    counts = Counter(verdict for verdict, _ in judged)
+    if len(counts) > 1 or Verdict.FLAKY in counts:
+        told = " and ".join(f"{number} x {verdict}" for verdict, number in counts.items() if verdict != Verdict.FLAKY)
+        first = {verdict: reason for verdict, reason in reversed(judged)}
+        reasons = "; ".join(f"{verdict}: {reason}" for verdict, reason in first.items())
+        return last._replace(verdict=Verdict.FLAKY, reason=f"attempts disagree ({told or 'before'}): {reasons}")
+    if not lost:
+        return last
+    if last.verdict is Verdict.ERROR:
+        before = lost[:-1]
+        return last._replace(reason=f"{last.reason}; so did {len(before)} before" if before else last.reason)
+    return last._replace(reason=f"{last.reason}; an attempt before was lost to infrastructure: {lost[0]}")

