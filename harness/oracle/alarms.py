@@ -2,21 +2,19 @@
 
 FOLDERs hold saved transcripts of right servers (`python -m harness starts`). Two are compared when they hold the same
 tokens of the same model, dtype and prompts, and the first is standard TP. Each comparison is judged by a band measured
-from two other standard-TP transcripts on the same prompts, never from the candidate, at several stated rates.
+from the first and a third of standard TP on the same prompts, never from the candidate, at several stated rates.
 """
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from harness.frozen import Frozen
-from harness.oracle.band import Band, spread_of
-from harness.oracle.calibrate import FLOOR, NullPair, calibrate
-from harness.oracle.compare import Comparison, compare
+from harness.oracle.clean import Clean, clean_comparisons
 from harness.oracle.measure import Rates, beyond, measure
-from harness.oracle.saved import Saved, find, pairs
+from harness.oracle.saved import Saved, find
 from harness.oracle.statistics import exact_interval, upper_share
 
 #: Rates a comparison is judged at: alone at 10, 1 and 0.1 %, and as one of 50 cells of a run at 1 %.
@@ -67,59 +65,30 @@ class Table(Frozen):
 
 
 class Judged(NamedTuple):
-    first: Saved
-    second: Saved
-    found: Comparison
-    alarms: tuple[tuple[str, ...], ...]  # statistics beyond their bounds, for each rate
+    """A clean comparison and the statistics beyond their bounds, for each of `RATES`."""
+
+    pair: Clean
+    alarms: tuple[tuple[str, ...], ...]
 
 
-def judged(saved: Sequence[Saved]) -> Iterator[Judged]:
-    """Every comparison that has a band of its own."""
-    partners: dict[str, list[Saved]] = defaultdict(list)
-    all_pairs = list(pairs(saved))
-    for first, second in all_pairs:
-        if second.mode == "standard-tp":
-            partners[first.key].append(second)
-    bands: dict[tuple[str, str], Band | None] = {}
-    for first, second in all_pairs:
-        partner = next((other for other in _nulls(first, partners[first.key]) if other.key != second.key), None)
-        if partner is None or (second.key < first.key and second.mode == "standard-tp"):
-            continue  # two of standard TP are compared once
-        if (first.key, partner.key) not in bands:
-            bands[first.key, partner.key] = _band(first, partner)
-        band = bands[first.key, partner.key]
-        if band is not None:
-            found = compare(first.transcript, second.transcript)
-            alarms = tuple(tuple(item.name for item in beyond(measure(found, band, Rates(rate)))) for rate in RATES)
-            yield Judged(first, second, found, alarms)
-
-
-def _nulls(first: Saved, partners: Sequence[Saved]) -> list[Saved]:
-    """Partners in the order in which a run would take them: another TP size, TP1 before others."""
-    return sorted((other for other in partners if other.tp != first.tp), key=lambda other: (other.tp, other.key))
-
-
-def _band(first: Saved, partner: Saved) -> Band | None:
-    model = f"recipe:{first.model}"
-    pair = NullPair("tp size", first.transcript, partner.transcript)
-    try:
-        return calibrate([pair], name="alarms", model=model, spread=spread_of(first.transcript.dtype, model))
-    except ValueError:
-        return None
+def judged(pair: Clean) -> Judged:
+    return Judged(
+        pair, tuple(tuple(i.name for i in beyond(measure(pair.found, pair.band, Rates(rate)))) for rate in RATES)
+    )
 
 
 def table(saved: Sequence[Saved]) -> Table:
     counted: list[Judged] = []
-    identical = steps = 0
-    for item in judged(saved):
-        if all(step.widest <= FLOOR for step in item.found.steps):
+    identical = 0
+    for pair in clean_comparisons(saved):
+        if pair.identical:
             identical += 1
-            continue
-        steps += len(item.found.steps)
-        counted.append(item._replace(found=None))
+        else:
+            counted.append(judged(pair))
     groups: dict[str, list[Judged]] = defaultdict(list)
     for item in counted:
-        groups[f"{item.second.transcript.dtype}, {item.first.model}, {item.second.mode}"].append(item)
+        second = item.pair.second
+        groups[f"{second.transcript.dtype}, {second.model}, {second.mode}"].append(item)
     n = len(counted)
     rates = []
     for index, rate in enumerate(RATES):
@@ -128,7 +97,8 @@ def table(saved: Sequence[Saved]) -> Table:
         upper = upper_share(hits, n) if n else 1.0
         rates.append(Rate(stated=rate, alarms=hits, n=n, low=low, high=high, upper=upper))
     return Table(
-        transcripts=len(saved), steps=steps, identical=identical, rates=tuple(rates),
+        transcripts=len(saved), steps=sum(len(item.pair.found.steps) for item in counted), identical=identical,
+        rates=tuple(rates),
         groups=tuple(
             Group(
                 name=name, n=len(items),
@@ -143,8 +113,8 @@ def table(saved: Sequence[Saved]) -> Table:
 def _alarm(item: Judged) -> Alarm:
     rate, names = min((rate, names) for rate, names in zip(RATES, item.alarms, strict=True) if names)
     return Alarm(
-        baseline=item.first.transcript.cell_id, candidate=item.second.transcript.cell_id,
-        workload=item.first.transcript.workload_key, rate=rate, beyond=names,
+        baseline=item.pair.first.transcript.cell_id, candidate=item.pair.second.transcript.cell_id,
+        workload=item.pair.first.transcript.workload_key, rate=rate, beyond=names,
     )  # fmt: skip
 
 

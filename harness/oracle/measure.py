@@ -113,15 +113,15 @@ def _loudness(name: str, steps: Sequence[StepChange], band: Band, rate: float, g
     if not steps:
         return Statistic(name=f"{name}: loudness against the null", value=0, bound=None, n=0, unit="times")
     null = band.phase(steps[0].prefill)
-    log_ratio, error, rows = _log_ratio(steps, null, band.floor)
+    ratio, error, rows = log_ratio(steps, null, band.floor)
     spread = _spread(band.spread, group)
     whole = math.hypot(error, spread)
     bound = math.exp(level_bound(rate, whole, band.spread.degrees))
     half = 1.96 * error
     return Statistic(
-        name=f"{name}: loudness against the null", value=min(math.exp(log_ratio), NO_NUMBER), bound=bound,
-        n=len(steps), unit="times", low=min(math.exp(log_ratio - half), NO_NUMBER),
-        high=min(math.exp(log_ratio + half), NO_NUMBER), null=1.0,
+        name=f"{name}: loudness against the null", value=min(math.exp(ratio), NO_NUMBER), bound=bound,
+        n=len(steps), unit="times", low=min(math.exp(ratio - half), NO_NUMBER),
+        high=min(math.exp(ratio + half), NO_NUMBER), null=1.0,
         note="" if rows else "the null has other prompts: not paired",
     )  # fmt: skip
 
@@ -130,8 +130,8 @@ def _spread(spread: Spread, group: bool) -> float:
     return math.hypot(spread.cell, spread.group) if group else spread.cell
 
 
-def _log_ratio(steps: Sequence[StepChange], null: PhaseBand, floor: float) -> tuple[float, float, bool]:
-    """(mean log ratio to the null, its standard error, whether it is paired by row)."""
+def log_ratio(steps: Sequence[StepChange], null: PhaseBand, floor: float) -> tuple[float, float, bool]:
+    """(mean log ratio of changes to the null's, its standard error, whether it is paired by row), for one phase."""
     logs = np.log(np.clip([step.widest for step in steps], floor, NO_NUMBER))
     rows = {(row.prompt, row.bin): row for row in null.rows}
     paired = all((step.prompt, step.bin) in rows for step in steps)

@@ -1,54 +1,109 @@
 """Measures the bands that the repository ships: `python -m harness.oracle.ship FOLDER …`, folders with transcripts.
 
-One band for each dtype and kind of model, from every pair of standard TP with itself at another TP size.
+One band for each dtype and kind of model, from every pair of standard TP with itself at another TP size; and how much
+the loudness of right servers varies as a whole, from standard TP alone.
 """
 
 import argparse
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.oracle.band import SHIPPED, Band, kind_of, spread_of
+from harness.oracle.band import SHIPPED, UNMEASURED, Band, Source, Spread, kind_of
 from harness.oracle.calibrate import NullPair, calibrate
+from harness.oracle.clean import Clean, clean_comparisons
+from harness.oracle.compare import StepChange
+from harness.oracle.measure import LEAST_GROUP, log_ratio
 from harness.oracle.saved import Saved, find, pairs
 
-
-def null_pairs(saved: Sequence[Saved]) -> list[tuple[Saved, NullPair]]:
-    """Standard TP on several ranks against itself on one."""
-    found = []
-    for first, second in pairs(saved):
-        if second.mode == "standard-tp" and second.tp == 1 and first.tp > 1:
-            found.append((first, NullPair("tp size", first.transcript, second.transcript)))
-    return found
+COMMAND = "python -m harness.oracle.ship"
+LEAST_PAIRS = 4  # of servers, for a spread
 
 
 def measured(saved: Sequence[Saved]) -> list[Band]:
     """One band a dtype and kind of model; its rows and curve, which belong to one workload, are left out."""
     pools: dict[tuple[str, str], list[NullPair]] = defaultdict(list)
-    for first, pair in null_pairs(saved):
-        pools[pair.baseline.dtype, kind_of(f"recipe:{first.model}")].append(pair)
+    for first, second in pairs(saved):
+        if first.mode == second.mode == "standard-tp" and first.tp > second.tp == 1:
+            pools[_kind(first)].append(NullPair("tp size", first.transcript, second.transcript))
+    clean: dict[tuple[str, str], list[Clean]] = defaultdict(list)
+    for pair in clean_comparisons(saved):
+        if pair.second.mode == "standard-tp" and not pair.identical:
+            clean[_kind(pair.first)].append(pair)
+    spreads = {kind: spread for kind, some in clean.items() if (spread := spread_among(some)) is not None}
     bands = []
     for (dtype, kind), some in sorted(pools.items()):
-        spread = spread_of(dtype, "recipe:x-retrieve" if kind == "retrieve" else "recipe:x")
-        band = calibrate(some, name=f"{dtype}, {kind} models, shipped", model=f"kind {kind}", spread=spread)
+        of_dtype = [spread for (other, _), spread in spreads.items() if other == dtype]
+        widest = max(of_dtype, key=lambda spread: spread.cell, default=UNMEASURED)
+        spread = spreads.get((dtype, kind), widest)
+        band = calibrate(some, name=f"shipped for {dtype}, {kind} models", model=f"kind {kind}", spread=spread)
         bare = {"rows": (), "curve": ()}
         phases = {name: getattr(band, name).model_copy(update=bare) for name in ("prefill", "decode")}
-        bands.append(band.model_copy(update={"workload_key": "", **phases}))
+        bands.append(band.model_copy(update={"workload_key": "", "sources": _merged(band.sources), **phases}))
     return bands
 
 
+def _merged(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """One source for all prompt sets of the same two cells."""
+    found: dict[tuple[str, str], list[Source]] = defaultdict(list)
+    for source in sources:
+        found[source.baseline, source.candidate].append(source)
+    merged = []
+    for some in found.values():
+        steps = sum(source.steps for source in some)
+        share = sum(source.identical * source.steps for source in some) / max(1, steps)
+        prompts = sum(source.prompts for source in some)
+        used = any(source.used for source in some)
+        merged.append(some[0].model_copy(update={"prompts": prompts, "steps": steps, "identical": share, "used": used}))
+    return tuple(merged)
+
+
+def spread_among(some: Sequence[Clean]) -> Spread | None:
+    """How much loudness varies as a whole and by group, sampling error included; None from too few pairs of servers."""
+    servers = {(pair.first.path.parent, pair.second.path.parent) for pair in some}
+    if len(servers) < LEAST_PAIRS:
+        return None
+    cells, groups = [], []
+    for pair in some:
+        decode = [step for step in pair.found.steps if not step.prefill]
+        whole = log_ratio(decode, pair.band.decode, pair.band.floor)[0]
+        cells.append(whole)
+        for steps in _groups(decode).values():
+            if len(steps) >= LEAST_GROUP:
+                groups.append(log_ratio(steps, pair.band.decode, pair.band.floor)[0] - whole)
+    return Spread(cell=_rms(cells), group=_rms(groups), degrees=len(servers) - 1, source=COMMAND)
+
+
+def _groups(steps: Iterable[StepChange]) -> dict[str, list[StepChange]]:
+    found: dict[str, list[StepChange]] = defaultdict(list)
+    for step in steps:
+        for group in step.groups:
+            found[group].append(step)
+    return found
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value**2 for value in values) / len(values))
+
+
+def _kind(saved: Saved) -> tuple[str, str]:
+    return saved.transcript.dtype, kind_of(f"recipe:{saved.model}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.oracle.ship", description=__doc__)
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     options = parser.parse_args(argv)
     SHIPPED.mkdir(exist_ok=True)
-    for band in measured(find(options.folders)):
+    for band in measured([item for item in find(options.folders) if not item.fault]):
         path = SHIPPED / f"{band.dtype}-{band.model.removeprefix('kind ')}.json"
         band.save(path)
-        change = band.decode.change
+        change, spread = band.decode.change, band.spread
         print(
-            f"{path.name}: {len(band.sources)} pairs, {band.decode.n} decode steps, "
-            f"99.9 % point of a step {change.point(1e-3):.2g} nat"
+            f"{path.name}: {len(band.sources)} pairs, {band.decode.n} decode steps; 99.9 % point of a step "
+            f"{change.point(1e-3):.2g} nat, of the largest of 1,000 {change.bound(1e-3, 1000):.2g} nat; spread of "
+            f"loudness {spread.cell:.2f}, of groups {spread.group:.2f}, degrees of freedom {spread.degrees}"
         )
     return 0
 
