@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from harness.transcript import Answer, Step, Transcript
 
-#: A rest (1 - the sum of the tokens in both lists) below this is taken as this: it is a difference of rounded numbers.
+#: A rest (1 - the sum of the top tokens) below this is taken as this: it is a difference of rounded numbers.
 LEAST_REST = 1e-3
 FIRST_BIN = 16
 BIN_FACTOR = 4
@@ -189,15 +189,16 @@ def widest(a: Step, b: Step) -> float:
 
 
 def divergence(a: Step, b: Step) -> float:
-    """KL(a || b) in nats over the tokens in both lists, everything else in one bucket.
+    """KL(a || b) in nats over the top tokens of `a`, everything else in one bucket.
 
-    Each term is written as p · (exp(Δ) - 1 - Δ) with Δ = log q - log p: the same sum, because p and q both sum to 1,
-    but every term is positive and of second order, so that nothing cancels where the two agree to 1e-6 nat.
+    A token that `b` does not list is taken at b's last entry, which is the most that it can have there. Each term is
+    p · (exp(Δ) - 1 - Δ) with Δ = log q - log p: the same sum, because p and q both sum to 1, but every term is positive
+    and of second order, so that nothing cancels where the two agree to 1e-6 nat.
     """
     if not a.top or not b.top or not _finite(a) or not _finite(b):
         return math.inf
-    shared = a.top.keys() & b.top.keys()
-    logs = [(a.top[token], b.top[token]) for token in sorted(shared)]
+    least = min(b.top.values())
+    logs = [(a.top[token], b.top.get(token, least)) for token in sorted(a.top)]
     rest = [max(1.0 - math.fsum(math.exp(pair[side]) for pair in logs), LEAST_REST) for side in (0, 1)]
     logs.append((math.log(rest[0]), math.log(rest[1])))
     return math.fsum(math.exp(p) * (math.expm1(q - p) - (q - p)) for p, q in logs)

@@ -54,9 +54,11 @@ def test_changes_by_hand():
     # token 2 changed by 0.25; token 3 is not in b, whose floor is -1.75, so by 0 at least; token 4 is in b at -1.75,
     # a's floor is -2.0: by 0.25 at least
     assert widest(a, b) == pytest.approx(0.25)
-    p, q = (math.exp(-0.5), math.exp(-1.5)), (math.exp(-0.6), math.exp(-1.25))
-    rest_p, rest_q = 1 - sum(p), 1 - sum(q)
-    wanted = p[0] * 0.1 + p[1] * -0.25 + rest_p * math.log(rest_p / rest_q)  # the sum by its definition
+    # KL over the tokens of a and the rest; token 3, which b does not list, is taken at b's floor, the most it can be.
+    p, q = [math.exp(x) for x in (-0.5, -1.5, -2.0)], [math.exp(x) for x in (-0.6, -1.25, -1.75)]
+    # p sums to 0.965, q to 1.009: of b nothing is left, and a rest below a thousandth is taken as one.
+    pairs = [*zip(p, q, strict=True), (1 - sum(p), 1e-3)]
+    wanted = sum(x * math.log(x / y) - x + y for x, y in pairs)
     assert divergence(a, b) == pytest.approx(wanted)
 
 
