@@ -9,8 +9,10 @@ from helix_runtime.layout import resolve_layout
 TOLERANCE = 0.02
 
 
-def promised(cell: Cell) -> float:
+def promised(cell: Cell, baseline_tp: int | None = None) -> float:
     """By what factor the tokens that fit grow against standard TP: GQA max(1, TP/K), MLA KVP.
+
+    `baseline_tp`: ranks of the baseline where it has fewer, and so more KV heads on each.
 
     Raises LayoutError or LookupError for a layout or model that the rules do not know.
     """
@@ -22,10 +24,13 @@ def promised(cell: Cell) -> float:
         interleave_size=cell.interleave,
         allow_gqa_tpa1=True,
     )
-    return layout.kv_capacity_factor
+    heads = layout.num_kv_heads
+    return layout.kv_capacity_factor * max(1, heads / (baseline_tp or cell.tp)) / max(1, heads / cell.tp)
 
 
-def capacity(cell: Cell, tokens: int | None, baseline_tokens: int | None) -> Statistic | None:
+def capacity(
+    cell: Cell, tokens: int | None, baseline_tokens: int | None, baseline_tp: int | None = None
+) -> Statistic | None:
     """The relative miss of the promised factor.
 
     None for baselines, where a server reported no capacity, where blocks rather than bytes were given, and for a model
@@ -35,7 +40,7 @@ def capacity(cell: Cell, tokens: int | None, baseline_tokens: int | None) -> Sta
     if cell.kvp == 1 or given or not tokens or not baseline_tokens:
         return None
     try:
-        factor, ratio = promised(cell), tokens / baseline_tokens
+        factor, ratio = promised(cell, baseline_tp), tokens / baseline_tokens
     except LookupError:
         return None
     return Statistic(

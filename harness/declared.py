@@ -73,11 +73,22 @@ def judge(rules: Rules) -> Declaration:
     return declaration._replace(why=declaration.why + note)
 
 
+#: Group sizes of vLLM's shared-memory collectives on CPU; it ends with "Invalid world size" on any other.
+CPU_RANKS = (1, 2, 3, 4, 8)
+
+
+def comparable_tp(model: str, tp: int, hardware: str) -> int:
+    """TP of the baseline of a cell on `tp` ranks: the same, or the largest below it that standard TP can run."""
+    return next(size for size in range(tp, 0, -1) if size == 1 or not standard_tp_problem(model, size, hardware))
+
+
 @cache
-def standard_tp_problem(model: str, tp: int) -> str | None:
-    """Why standard TP cannot run `model` on `tp` ranks (so that nothing could be compared there), or None."""
+def standard_tp_problem(model: str, tp: int, hardware: str) -> str | None:
+    """Why stock vLLM cannot run `model` on `tp` ranks of standard TP, or None."""
     from helix_runtime.layout import LayoutError, resolve_layout
 
+    if hardware == "cpu" and tp not in CPU_RANKS:
+        return f"vLLM's CPU collectives take groups of {', '.join(map(str, CPU_RANKS[1:]))} ranks, not {tp}"
     try:
         resolve_layout(tp, 1, **shape_of(model).layout_arguments(), helix_mode=False)
     except LayoutError as error:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 
 from harness.cell import Cell, Mode, Value
-from harness.declared import Declaration, declare, standard_tp_problem
+from harness.declared import Declaration, comparable_tp, declare, standard_tp_problem
 from harness.frozen import Frozen
 from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
@@ -70,17 +70,18 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
         place = (cell.hardware, cell.tp)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
-        # A baseline that standard TP cannot run, and a cell that would be compared with it.
-        compared = cell if cell.baseline else base
-        lost = standard_tp_problem(compared.model, compared.tp) if compared else None
+        lost = standard_tp_problem(cell.model, cell.tp, cell.hardware) if cell.baseline or base else None
+        why = declaration.why
+        if base and not cell.baseline and base.tp != cell.tp:
+            why += f"; compared with standard TP on {base.tp} ranks: {lost}"
         plan[cell.key] = PlannedCell(
             cell=cell,
             suites=(suite,),
             declared=declaration.verdict,
-            declared_why=declaration.why,
+            declared_why=why,
             baseline=base,
             refusal=declaration.refusal,
-            skip=skips[place] or (f"standard TP has no such layout to compare with: {lost}" if lost else None),
+            skip=skips[place] or (f"standard TP has no such layout: {lost}" if lost and cell.baseline else None),
         )
 
     def add_with_baseline(cell: Cell, suite: str, declaration: Declaration) -> None:
@@ -136,26 +137,27 @@ def on_one_gpu(cell: Cell) -> Cell:
 def baseline_of(cell: Cell) -> Cell | None:
     """What `cell` is compared with: standard TP with the same TP, model, options and workload, on stock attention.
 
-    Options that only mean something with DCP (`dcp-…`) are left out.
+    Where standard TP cannot run on as many ranks, it is the largest TP below that can. Options that only mean something
+    with DCP (`dcp-…`) are left out.
     A baseline on several ranks is itself compared with one rank where its model is small enough to be made on the spot
     (a recipe); TP1 has nothing to be compared with.
     """
     if cell.baseline:
         if cell.tp == 1 or not cell.model.startswith("recipe:"):
             return None
-        return cell.model_copy(
-            update={"tp": 1, "workload": f"{cell.workload}@{cell.tp}", "helix": (), "expect": None, "why": None}
-        )
+        asked = cell.workload if "@" in cell.workload else f"{cell.workload}@{cell.tp}"
+        return cell.model_copy(update={"tp": 1, "workload": asked, "helix": (), "expect": None, "why": None})
+    tp = comparable_tp(cell.model, cell.tp, cell.hardware)
     return Cell(
         mode=Mode.STANDARD_TP,
         backend=STOCK_ON_CPU.get(cell.backend, cell.backend),
         hardware=cell.hardware,
         model=cell.model,
-        tp=cell.tp,
+        tp=tp,
         serve=tuple((name, value) for name, value in cell.serve if not name.startswith("dcp-")),
         helix=tuple((name, value) for name, value in cell.helix if name == SHARE_GPU),
         env=cell.env,
-        workload=cell.workload,
+        workload=cell.workload if tp == cell.tp else f"{cell.workload}@{cell.tp}",
         vllm_version=cell.vllm_version,
     )
 

@@ -270,7 +270,8 @@ class _Run:
             attempt = attempt._replace(phases=(*attempt.phases, judging))
             if item.baseline:
                 base_tokens = self.capacities.get(item.baseline.key)
-                seen = with_capacity(seen, capacity(cell, attempt.kv_cache_tokens, base_tokens))
+                found = capacity(cell, attempt.kv_cache_tokens, base_tokens, item.baseline.tp)
+                seen = with_capacity(seen, found)
         except Exception as problem:
             where = traceback.extract_tb(problem.__traceback__)[-1]
             said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"

@@ -189,6 +189,12 @@ def _llama_k4() -> Recipe:
 
 
 @recipe
+def _llama_k3() -> Recipe:
+    # Eight query heads a KV head, on three ranks or, as TPA 3, on six.
+    return Recipe(name="llama-k3", heads=24, kv_heads=3, hidden=384, intermediate=768, vocab=576)
+
+
+@recipe
 def _llama_k6() -> Recipe:
     # Three KV heads a rank under TPA 2; vocabulary and widths divide by 6 ranks as well.
     return Recipe(name="llama-k6", heads=24, kv_heads=6, hidden=384, intermediate=768, vocab=576)

@@ -88,6 +88,12 @@ SURFACE: tuple[Surface, ...] = (
         platform="cpu",
     ),
     Surface(
+        "vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator._all_group_ranks_share_shm_group_name",
+        ("self",),
+        "CPU collectives",
+        platform="cpu",
+    ),
+    Surface(
         "vllm.platforms.cpu:CpuPlatform.check_and_update_config",
         ("vllm_config",),
         "CPU MLA",

@@ -41,8 +41,9 @@ def activate(config, options: HelixOptions, rank: int) -> None:
 
     layout = layout_of(config, options)
     if current_platform.is_cpu():
-        from helix_runtime.vllm_plugin import cpu_attention, cpu_mla, slot_mapping
+        from helix_runtime.vllm_plugin import cpu_attention, cpu_collectives, cpu_mla, slot_mapping
 
+        cpu_collectives.install()
         cpu_attention.install()
         cpu_mla.install()
         slot_mapping.install()

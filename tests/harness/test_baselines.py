@@ -14,6 +14,7 @@ from harness.server.log import Cause
 from harness.suite import load_all
 from harness.transcript import Answer, Step, Transcript
 from harness.verdict import Verdict
+from harness.workload import workload_of
 
 TP1 = "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=standard@4"
 TP4 = "cpu/standard-tp/CPU_ATTN/llama-k4/tp4"
@@ -137,7 +138,8 @@ def test_committed_baselines_of_recipes_have_their_reference_before_them():
             chained = item.cell.model.startswith("recipe:") and item.cell.tp > 1
             assert (item.baseline is not None) is chained, item.cell.id
             if chained:
-                assert (item.baseline.tp, item.baseline.workload) == (1, f"{item.cell.workload}@{item.cell.tp}")
+                named = item.cell.workload if "@" in item.cell.workload else f"{item.cell.workload}@{item.cell.tp}"
+                assert (item.baseline.tp, item.baseline.workload) == (1, named)
 
 
 # What a baseline's answers say. The band: 5e-4 nat, so a margin of 1e-3.
@@ -255,8 +257,21 @@ def test_a_lost_reference_is_the_error_of_the_whole_chain(tmp_path):
     assert reference.id in found[1].reason and "no memory" in found[2].reason
 
 
-def test_a_layout_without_a_baseline_is_skipped_with_the_reason():
-    """Six KV heads: Helix can shard them over four ranks as TPA 2, standard TP cannot."""
+def test_a_layout_that_standard_tp_lacks_is_compared_with_the_largest_below():
+    """Six KV heads: Helix can shard them over four ranks as TPA 2, standard TP over three at most."""
     plan = expand([suite(model="recipe:llama-k6", layout={"tp": 4, "dcp": 2})], [CPU])
-    assert all("standard TP has no such layout to compare with" in item.skip for item in plan if item.cell.tp == 4)
-    assert [item.cell.tp for item in plan] == [1, 4, 4]
+    assert [(item.cell.tp, item.cell.workload, item.skip) for item in plan] == [
+        (1, "standard@4", None), (3, "standard@4", None), (4, "standard", None)
+    ]  # fmt: skip
+    assert chain(plan)[-1] == (plan[2].cell.id, plan[1].cell.id)
+    assert "compared with standard TP on 3 ranks: TP=4 and 6 KV heads" in plan[2].declared_why
+
+
+def test_six_ranks_on_cpu_are_compared_with_three_which_stock_collectives_take():
+    plan = expand([suite(model="recipe:llama-k6", layout={"tp": 6, "dcp": 3})], [CPU])
+    assert [item.cell.tp for item in plan] == [1, 3, 6] and not any(item.skip for item in plan)
+    assert "2, 3, 4, 8 ranks, not 6" in plan[2].declared_why
+    shape, vocab = (plan[2].cell, plan[1].cell), 576
+    assert len({workload_of(cell, vocab, 2048).key for cell in shape}) == 1
+    asked = expand([suite(mode="standard-tp", backend="CPU_ATTN", model="recipe:llama-k6", layout={"tp": 6})], [CPU])
+    assert "standard TP has no such layout" in asked[-1].skip

@@ -24,6 +24,18 @@ def test_promised_factor(made, factor):
     assert promised(made) == factor
 
 
+@pytest.mark.parametrize(
+    ("made", "factor"),
+    [
+        (cell("recipe:llama-k6", 6, 3), 2),  # 3 heads over 3 shards are one a rank; on 3 ranks two
+        (cell("recipe:llama-k3", 6, 2), 2),  # 1 head over 2 shards; on 3 ranks one whole
+        (cell("recipe:llama-k6", 4, 2), 4 / 3),  # 3 heads over 2 shards; on 3 ranks two
+    ],
+)
+def test_a_baseline_on_three_ranks_holds_more_heads_each(made, factor):
+    assert promised(made, baseline_tp=3) == pytest.approx(factor)
+
+
 def test_a_kept_promise_is_within_the_bound_and_says_its_numbers():
     found = capacity(cell("recipe:llama-k4", 8, 4), tokens=174_000, baseline_tokens=87_360)
     assert found.value == pytest.approx(1 - 174_000 / (2 * 87_360)) and found.value < found.bound == 0.02
