@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,7 @@ from harness.verdict import TABLE, Effect, Verdict, exit_status
 
 if TYPE_CHECKING:
     from harness.cli import Request
+    from harness.progress import Progress
 
 REPORTS = ROOT / "reports"
 RUNS = REPORTS / "runs"
@@ -58,7 +60,8 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     runner = runner or _runner()
     interrupted = False
     try:
-        results = runner(plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=say)
+        with _progress(run_dir, plan, options.jobs) as progress:
+            results = runner(plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=progress)
     except OSError as error:
         return _disk(error, run_dir)
     except KeyboardInterrupt:
@@ -130,6 +133,8 @@ def _make(folder: Path) -> None:
 
 def print_summary(results: Sequence[CellResult]) -> None:
     """A line per cell that ran, one line per reason of skipped ones, then the counts."""
+    from harness.report.text import clean, plural  # brings pandas, which the command line does without
+
     print()
     skips = Counter()
     for result in results:
@@ -138,9 +143,9 @@ def print_summary(results: Sequence[CellResult]) -> None:
             continue
         print(f"{TABLE[result.verdict].symbol} {result.verdict:<8}  {result.cell.id}")
         if result.effect is not Effect.OK:
-            print(f"    declared {result.declared}: {result.declared_why}\n    {result.reason}")
+            print(f"    declared {result.declared}: {result.declared_why}\n    {clean(result.reason)}")
     for reason, number in skips.items():
-        print(f"{TABLE[Verdict.SKIP].symbol} {Verdict.SKIP:<8}  {number} cells: {reason}")
+        print(f"{TABLE[Verdict.SKIP].symbol} {Verdict.SKIP:<8}  {plural(number, 'cell')}: {reason}")
     counts = Counter(result.verdict for result in results)
     words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
     print(f"\n{len(results)} cells: {words or 'nothing was run'}")
@@ -152,9 +157,14 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def say(line: str) -> None:
-    """One line of progress, at once."""
-    print(line, flush=True)
+def _progress(run_dir: Path, plan: Sequence[PlannedCell], jobs: int) -> "AbstractContextManager[Progress]":
+    """How the run is shown: see `harness.progress`."""
+    from harness.progress import shown as show
+    from harness.report.history import find_runs, seconds_by_cell
+    from harness.runner import folder_name
+
+    folders = {item.cell.id: run_dir / "cells" / folder_name(item.cell) for item in plan}
+    return show(run_dir, plan, jobs, seconds_by_cell(find_runs(RUNS.parent)), folders)
 
 
 def _runner() -> Runner:
@@ -167,7 +177,7 @@ def _reporter() -> Reporter:
     from harness.report import index, write
 
     def write_and_list(run_dir: Path) -> Path:
-        page = write(run_dir)
+        page = write(run_dir, REPORTS)
         if run_dir.resolve().is_relative_to(REPORTS.resolve()):
             index(REPORTS)
         return page
