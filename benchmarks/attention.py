@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.attention_cases import JUDGED, OTHERS, Attention, exact_row, inputs
+from benchmarks.attention_cases import JUDGED, OTHERS, SENT, Attention, exact_row, inputs
 from benchmarks.records import Record, Results
 
 
@@ -140,7 +140,7 @@ def measure(case: Attention, chosen: list[Candidate], results: Results) -> None:
             extra |= dict(zip(("relative_error", "lse_error", "bf16_rounding", "lse_base"), error, strict=True))
         results.add(
             Record(
-                f"attention/{candidate.backend if candidate else 'read'}",
+                f"attention/{candidate.backend}" if candidate else "read/read",
                 params,
                 case.bytes,
                 0 if candidate is None else case.flops,
@@ -155,15 +155,61 @@ def measure(case: Attention, chosen: list[Candidate], results: Results) -> None:
         print(f"   {name:60s} {timing.median:10.1f} µs  {read / timing.median:.3f}  {errors.get(name, '')}", flush=True)
 
 
+def measure_send(case: Attention, results: Results, ranks: int = 8) -> None:
+    """Attention and pack against attention that writes into the send buffer of an exchange among `ranks`."""
+    import torch
+
+    from benchmarks.timing import interleave
+    from helix_runtime.attention.device import decode_kernel
+    from helix_runtime.combine import kernels
+    from helix_runtime.combine.workspace import PackedLayout
+
+    calls, memory = {}, None
+    for name, page in (("FLASH_ATTN", 128), ("TRITON", 64)):
+        kernel = decode_kernel(name, case.scale)
+        given = inputs(case, page, memory)
+        memory = given.kv_cache.flatten()
+        layout = PackedLayout.of(given.query, ranks)
+        sent = torch.empty(layout.nbytes, dtype=torch.uint8, device="cuda")
+        views = (layout.outputs(sent), layout.lses(sent))
+
+        def decode_and_pack(kernel=kernel, given=given, views=views):
+            kernels.pack(*kernel.decode(*given.arguments), *views, lengths=given.lengths)
+
+        calls[f"{name} and pack"] = [decode_and_pack]
+        calls[f"{name} sends"] = [lambda kernel=kernel, given=given, views=views: kernel.send(*given.arguments, *views)]
+    for name, timing in interleave(calls, rounds=results.rounds * 2).items():
+        params = {"batch": case.batch, "local_tokens": case.tokens, "q_heads": case.q_heads, "ranks": ranks}
+        extra = {"case": f"{case.name} N{ranks}"}
+        record = Record(f"send/{name}", params, case.bytes, case.flops, timing.median, timing.low, timing.high, extra)
+        results.add(record)
+        print(f"{extra['case']} {name}: {timing.median:.2f} µs", flush=True)
+
+
+def table_send(results: Results) -> str:
+    """Markdown: attention with a pack behind it, and attention that writes into the send buffer."""
+    columns = ["FLASH_ATTN and pack", "FLASH_ATTN sends", "TRITON and pack", "TRITON sends"]
+    lines = [f"| size, ranks | {' | '.join(columns)} |", "|" + " --- |" * 5]
+    found = {record.extra["case"]: {} for record in results.records if record.name.startswith("send/")}
+    for record in results.records:
+        if record.name.startswith("send/"):
+            found[record.extra["case"]][record.name.removeprefix("send/")] = f"{record.us:.1f}"
+    lines += [
+        f"| {case} | {' | '.join(times.get(column, '–') for column in columns)} |" for case, times in found.items()
+    ]
+    return "\n".join(lines)
+
+
 def table(results: Results) -> str:
     """Markdown: for every size each backend's best, as a share of read bandwidth."""
     lines = [
         "| size | read µs | GB/s | backend | page, splits | µs | of read | TFLOP/s | error (bf16 rounding) |",
         "|" + " --- |" * 9,
     ]
-    for case in dict.fromkeys(record.extra["case"] for record in results.records):
+    measured = [record for record in results.records if not record.name.startswith("send/")]
+    for case in dict.fromkeys(record.extra["case"] for record in measured):
         rows = [record for record in results.records if record.extra["case"] == case]
-        read = next(record for record in rows if record.name == "attention/read")
+        read = next(record for record in rows if record.name == "read/read")
         best: dict[str, Record] = {}
         for record in rows:
             if record is not read and record.us < best.get(record.name, replace(record, us=float("inf"))).us:
@@ -189,7 +235,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the table of these results")
     options = parser.parse_args()
     if options.table:
-        print(table(Results.read(options.table)))
+        results = Results.read(options.table)
+        print(table(results), table_send(results), sep="\n\n")
         return
     import torch
 
@@ -208,7 +255,15 @@ def main() -> None:
             results.failed(case.name, failure)
         results.write()
         torch.cuda.empty_cache()
-    print(table(results))
+    if not options.tune:
+        for case in SENT:
+            if options.only in case.name:
+                try:
+                    measure_send(case, results)
+                except Exception as failure:
+                    results.failed(f"send {case.name}", failure)
+                results.write()
+    print(table(results), table_send(results), sep="\n\n")
 
 
 if __name__ == "__main__":

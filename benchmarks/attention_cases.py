@@ -69,6 +69,8 @@ OTHERS = [
     Attention(1, 128 << 10, 16, 1, latent=True),
     Attention(1, 128 << 10, 128, 1, latent=True),
 ]
+#: Where attention that writes into the send buffer is measured beside attention and pack.
+SENT = [Attention(8, 16 << 10, 8, 1), Attention(64, 16 << 10, 8, 1), Attention(64, 4 << 10, 16, 1)]
 
 
 @dataclass(frozen=True)

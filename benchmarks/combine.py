@@ -12,11 +12,17 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 import triton
+
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
 
 from benchmarks import vllm_ops
 from benchmarks.cases import JUDGED, OTHERS, SWEPT, Case, decode_mask, partials
@@ -71,6 +77,10 @@ def combine_candidates(case: Case, vllm: vllm_ops.VllmOps | None, compiled: bool
         for partial, row in zip(inputs, rows, strict=True):
             vllm.pack(*partial, row)
         candidates["vllm"] = [lambda r=r: vllm.combine(r) for r in rows]
+    if flashinfer is not None:
+        # Its layout is [B, N, H, D], its LSE of base 2.
+        states = [(o.transpose(0, 1).contiguous(), (x / math.log(2)).transpose(0, 1).contiguous()) for o, x in received]
+        candidates["flashinfer"] = [lambda s=s: flashinfer.merge_states(*s) for s in states]
     if compiled:
         torch.compiler.reset()
         merge = torch.compile(merge_partials, dynamic=False)

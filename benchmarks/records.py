@@ -1,6 +1,5 @@
 """Results as flat records, which the planner fits its efficiency factors from: what, how large, how long, where."""
 
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
@@ -61,16 +60,45 @@ class Results:
         print(f"FAILED {what}: {text}", flush=True)
 
     def write(self) -> None:
-        if self.path:
-            values = dataclasses.asdict(dataclasses.replace(self, path=None))
-            del values["path"]
-            values["records"] = [value | {"gpu": self.gpu} for value in values["records"]]
-            self.path.write_text(json.dumps(values, indent=1) + "\n")
+        """`rows` holds the best of each operation, case and series, as the planner reads them; `others` the rest."""
+        if not self.path:
+            return
+        best: dict[tuple, Record] = {}
+        for record in self.records:
+            key = (record.name, record.extra.get("case"))
+            if key not in best or record.us < best[key].us:
+                best[key] = record
+        rows = {id(record) for record in best.values()}
+        document = {
+            "benchmark": self.benchmark,
+            "command": self.command,
+            "device": self.gpu,
+            "versions": self.versions,
+            "rounds": self.rounds,
+            "rows": [_to_row(record) for record in self.records if id(record) in rows],
+            "others": [_to_row(record) for record in self.records if id(record) not in rows],
+            "failures": self.failures,
+        }
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        values = json.loads(path.read_text())
-        values["records"] = [
-            Record(**{key: value for key, value in record.items() if key != "gpu"}) for record in values["records"]
-        ]
-        return cls(**values)
+        document = json.loads(path.read_text())
+        records = [_from_row(row) for row in [*document["rows"], *document["others"]]]
+        heads = (document[key] for key in ("benchmark", "command", "device", "versions"))
+        return cls(*heads, path, document["rounds"], records, document["failures"])
+
+
+def _to_row(record: Record) -> dict:
+    operation, _, series = record.name.partition("/")
+    times = [record.us, record.us_low, record.us_high]
+    row = {"operation": operation, "case": record.extra.get("case", ""), "params": record.params}
+    row |= {"bytes": record.bytes, "flops": record.flops, "us": {series: times}}
+    return row | {key: value for key, value in record.extra.items() if key != "case"}
+
+
+def _from_row(row: dict) -> Record:
+    known = ("operation", "case", "params", "bytes", "flops", "us")
+    (series, times), *_ = row["us"].items()
+    extra = {"case": row["case"]} | {key: value for key, value in row.items() if key not in known}
+    return Record(f"{row['operation']}/{series}", row["params"], row["bytes"], row["flops"], *times, extra)

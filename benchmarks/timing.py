@@ -30,6 +30,14 @@ def _copy_kernel(target, source, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_some(target, source, count, BLOCK: tl.constexpr):
+    """Copy with as many programs as are launched: what an exchange that holds few multiprocessors looks like."""
+    for start in tl.range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        tl.store(target + offset, tl.load(source + offset, mask=offset < count), mask=offset < count)
+
+
+@triton.jit
 def _read_kernel(sink, source, count, BLOCK: tl.constexpr):
     """Sum of a strided share of `source`, 16 bytes a thread and access; every element is read, once."""
     total = tl.zeros([BLOCK], tl.int32)
