@@ -12,7 +12,7 @@ RETRIES = 1
 
 #: Causes that come from the host and may be gone a moment later. Not among them: a refusal, a missing model and memory
 #: (which is leased): the same again; and a crash or a hang while answering: may be a defect of the cell itself.
-_PASSING = (Cause.PORT_IN_USE, Cause.NCCL, Cause.DAEMON)
+_PASSING = (Cause.PORT_IN_USE, Cause.KILLED, Cause.NCCL, Cause.DAEMON)
 _PASSING_AT_START = (Cause.TIMEOUT,)
 
 

@@ -12,9 +12,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness import listing, pytest_front
+from harness.chosen import find_run, read_chosen
 from harness.hardware import Hardware, choose, detect
 from harness.matrix import PlanError, PlannedCell, expand, select
-from harness.run import run
+from harness.run import RUNS, run
 from harness.suite import Family, Suite, load_all
 from harness.yaml_file import SuiteError
 
@@ -30,6 +31,7 @@ examples:
   ./test_helix.sh --suite helix-gqa --dry-run            the serve command of each cell
   ./test_helix.sh --all --hardware hopper --dry-run      what a Hopper host would run
   ./test_helix.sh --all --share-gpu                      … on a host with one GPU
+  ./test_helix.sh --resume                               what the last run, cut off, did not finish
   ./test_helix.sh doctor                                 what this host can run, and what it lacks
 
 exit status:
@@ -85,7 +87,7 @@ ACTIONS = (
     Action(lambda o: o.nightly is not None, lambda request: pytest_front.nightly(request.options.nightly)),
     Action(lambda o: o.list, listing.show_list),
     Action(lambda o: o.dry_run, listing.show_commands),
-    Action(lambda o: o.all or o.suite or o.cell, run),
+    Action(lambda o: o.all or o.suite or o.cell or o.resume is not None, run),
 )
 
 
@@ -101,6 +103,8 @@ def main(argv: Sequence[str] | None = None, found: Callable[[], list[Hardware]] 
     try:
         options = parser.parse_args(argv)
         _check(options)
+        if options.resume is not None:
+            options = _resumed(options)
         action = next((action for action in ACTIONS if action.chosen(options)), None)
         if action is None:
             parser.print_help()
@@ -152,7 +156,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--share-gpu", action="store_true", help="all ranks of a GPU cell on one GPU: for validation, not for speed"
     )
+    how.add_argument(
+        "--repeat", type=_positive, default=1, metavar="N", help="judge each cell N times; `flaky` where they disagree"
+    )
     how.add_argument("--run-dir", metavar="DIR", help="folder of this run (default reports/runs/TIME-HASH)")
+    how.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="continue a run that was cut off (default: the last one)"
+    )
     return parser
 
 
@@ -186,8 +196,25 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--all is every suite; give either --all or --suite")
     if options.list and options.dry_run:
         raise UsageError("give either --list or --dry-run")
+    if options.resume is not None:
+        others = {
+            "--all": options.all, "--suite": options.suite, "--cell": options.cell, "--hardware": options.hardware,
+            "--share-gpu": options.share_gpu, "--run-dir": options.run_dir, "--runtime": options.runtime != "auto",
+            "--repeat": options.repeat != 1,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise UsageError(f"--resume runs what that run was asked for; leave out {', '.join(given)}")
     if options.format != "text" and not (options.list or options.dry_run):
         raise UsageError("--format goes with --list and --dry-run; a run writes results.json into its folder")
+
+
+def _resumed(options: argparse.Namespace) -> argparse.Namespace:
+    """`options` with the folder and the selection of the run that `--resume` names."""
+    try:
+        run_dir = find_run(options.resume, RUNS)
+        return argparse.Namespace(**{**vars(read_chosen(run_dir).onto(options)), "run_dir": str(run_dir)})
+    except ValueError as problem:
+        raise UsageError(str(problem)) from problem
 
 
 def _complain(

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import json
 from collections.abc import Callable
 
 import httpx
 
 from harness.cell import Cell
 from harness.counts import read_counts, running
-from harness.server.process import Server
+from harness.server.log import Cause, Failure
+from harness.server.process import Server, ServerFailed
 from harness.transcript import Answer, Counts, Prompt, Step, Transcript
 from harness.workload import Workload
 
@@ -26,8 +28,9 @@ def answer_all(
 ) -> Transcript:
     """Ask every prompt of `workload`. `follow` imposes that transcript's tokens, position by position.
 
-    A request that the living server refuses or breaks off becomes an answer without steps. Raises ServerFailed when
-    the server dies or the run is cancelled, NotForced when it answers with other tokens than the imposed ones.
+    A request that the living server refuses becomes an answer without steps. Raises ServerFailed when the server dies,
+    hangs or breaks an answer off, or the run is cancelled; NotForced when it answers with other tokens than the imposed
+    ones.
     """
     answers, counts = asyncio.run(_Asker(server, workload, follow).run())
     return Transcript(
@@ -116,7 +119,14 @@ class _Asker:
             else:
                 reply = await client.post("/v1/completions", json=body)
                 steps = read_steps(reply.json()) if reply.is_success else ()
-        except (httpx.TransportError, ValueError):
+        except httpx.TimeoutException:
+            reason = f"no answer to prompt {prompt.name} within {self.server.limits.request:.0f} s"
+            raise ServerFailed(Failure(cause=Cause.TIMEOUT, reason=reason)) from None
+        except (httpx.TransportError, json.JSONDecodeError) as problem:
+            await _settle(self.server.check)
+            reason = f"the answer to prompt {prompt.name} broke off: {type(problem).__name__}: {problem}"
+            raise ServerFailed(Failure(cause=Cause.BROKEN_ANSWER, reason=reason)) from problem
+        except ValueError:
             await _settle(self.server.check)
             steps = ()
         if wanted and [step.token_id for step in steps] != wanted[: len(steps)]:

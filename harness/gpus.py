@@ -38,7 +38,9 @@ def visible(asked: str | None = None, known: Sequence[str] | None = None) -> tup
         if entry.isdigit():
             matches = known[int(entry) : int(entry) + 1]
         else:
-            matches = [entry] if entry.startswith("MIG-") else [uuid for uuid in known if entry and uuid.startswith(entry)]
+            matches = (
+                [entry] if entry.startswith("MIG-") else [uuid for uuid in known if entry and uuid.startswith(entry)]
+            )
         if len(matches) != 1 or matches[0] in found:
             break
         found += matches

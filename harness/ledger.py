@@ -78,7 +78,9 @@ class Ledger:
         self._append({"event": "run-end"})
 
     def _append(self, event: dict) -> None:
-        line = (json.dumps({**clean_of_secrets(event), "time": now(), "clock": round(time.monotonic(), 3)}) + "\n").encode()
+        line = (
+            json.dumps({**clean_of_secrets(event), "time": now(), "clock": round(time.monotonic(), 3)}) + "\n"
+        ).encode()
         with self._lock:
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,5 +1,6 @@
 """From what a run showed to the verdict of a cell. Pure: an attempt, the plan, the baseline; no processes."""
 
+import math
 from typing import NamedTuple
 
 from harness.executors.local import Attempt
@@ -97,6 +98,9 @@ def _reference(transcript: Transcript) -> Observation:
     silent = [answer.prompt for answer in transcript.answers if not answer.steps]
     if silent:
         return Observation(Verdict.ERROR, f"no answer to {len(silent)} prompts, the first is {silent[0]}")
+    numberless = sum(not math.isfinite(step.logprob) for answer in transcript.answers for step in answer.steps)
+    if numberless:
+        return Observation(Verdict.ERROR, f"{numberless} steps of a reference hold no number (NaN or infinity)")
     steps = sum(len(answer.steps) for answer in transcript.answers)
     return Observation(Verdict.PASS, f"the reference: {len(transcript.answers)} prompts, {steps} steps")
 

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from harness.chosen import Chosen
 from harness.frozen import content_hash
+from harness.ledger import LedgerBusy
 from harness.matrix import PlannedCell
 from harness.result import CellResult
 from harness.suite import ROOT
@@ -29,7 +31,16 @@ class Runner(Protocol):
     """Runs a plan: one result a cell, skipped ones included; each also appended to `run_dir/ledger.ndjson`."""
 
     def __call__(
-        self, plan: list[PlannedCell], *, run_dir: Path, jobs: int, runtime: str, progress: object
+        self,
+        plan: list[PlannedCell],
+        *,
+        run_dir: Path,
+        jobs: int,
+        runtime: str,
+        progress: object,
+        repeat: int,
+        resume: bool,
+        chosen: dict,
     ) -> list[CellResult]: ...
 
 
@@ -48,7 +59,8 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     assumed = [device.family for device in request.hardware if not device.detected]
     if assumed:
         raise UsageError(f"--hardware {','.join(assumed)}: not on this host, so it goes with --list and --dry-run only")
-    run_dir = make_run_dir(options.run_dir, plan)
+    resume = options.resume is not None
+    run_dir = Path(options.run_dir) if resume else make_run_dir(options.run_dir, plan)
     skipped = sum(item.skip is not None for item in plan)
     print(f"hardware: {' and '.join(str(device) for device in request.hardware)}")
     print(f"runtime: {runtime} ({why})")
@@ -61,7 +73,12 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     interrupted = False
     try:
         with _progress(run_dir, plan, options.jobs) as progress:
-            results = runner(plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=progress)
+            results = runner(
+                plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=progress, repeat=options.repeat,
+                resume=resume, chosen=Chosen.of(options).model_dump(mode="json"),
+            )  # fmt: skip
+    except LedgerBusy as error:
+        raise UsageError(f"{error}; wait for it, or end it") from error
     except OSError as error:
         return _disk(error, run_dir)
     except KeyboardInterrupt:
@@ -76,6 +93,7 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
         return _disk(error, run_dir)
     if interrupted:
         print(f"\ninterrupted; what was finished before is in the report\nreport: {shown(page)}")
+        print(f"continue: {resume_command(run_dir)}")
         return INTERRUPTED
     print_summary(results)
     print(f"report: {shown(page)}")
@@ -86,10 +104,15 @@ def _disk(error: OSError, run_dir: Path) -> int:
     """A disk that is full or went away says nothing about Helix: exit status 3, and what is kept."""
     print(
         f"cannot write: {error.strerror or error} ({error.filename or run_dir}); the cells that finished are in "
-        f"{shown(run_dir / 'ledger.ndjson')}. Make room and run again",
+        f"{shown(run_dir / 'ledger.ndjson')}. Make room, then {resume_command(run_dir)}",
         file=sys.stderr,
     )
     return INFRASTRUCTURE
+
+
+def resume_command(run_dir: Path) -> str:
+    """What continues the run in `run_dir`."""
+    return f"./test_helix.sh --resume {run_dir.name if run_dir.parent == RUNS else run_dir}"
 
 
 def choose_runtime(asked: str) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from harness.attempts import RETRIES, settle, worth_again
+from harness.bench.cells import run_bench
+from harness.bench.measure import Where
 from harness.capacity import capacity
 from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor
@@ -91,6 +93,7 @@ class _Run:
     ):
         self.plan = list(plan)
         self.localise = localise
+        self.place = place
         self.run_dir = run_dir
         self.jobs = jobs
         self.progress = progress
@@ -165,7 +168,9 @@ class _Run:
         events, warnings = read(self.ledger.path)
         for told in (*warnings, *clock_jumps(events)):
             self.progress(f"ledger: {told}")
-        self.kept = keep(events, self.plan, self.setting, {item.cell.key: self._folder(item.cell) for item in self.plan})
+        self.kept = keep(
+            events, self.plan, self.setting, {item.cell.key: self._folder(item.cell) for item in self.plan}
+        )
         for item in self.plan:
             result = self.kept.results.get(item.cell.key)
             if result is None:
@@ -205,6 +210,9 @@ class _Run:
         started, cell = now(), item.cell
         attempt, number = None, 0
         follow = self.references.get(item.baseline.key) if item.baseline else None
+        if item.bench is not None and item.skip is None:
+            self._bench(item)
+            return
         if item.skip is not None:
             seen = Observation(Verdict.SKIP, item.skip)
         elif item.baseline is not None and follow is None:
@@ -228,6 +236,26 @@ class _Run:
             self.references[cell.key] = attempt.transcript if complete else None  # now others may start
         if item.skip is None:
             self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
+
+    def _bench(self, item: PlannedCell) -> None:
+        """A measured cell, to its row: it runs its own baseline. Finished rounds stay in its folder for a resumed run."""
+        cell = item.cell
+        self.ledger.cell_start(cell.id)
+        self.progress(f"start     {cell.id}")
+        name = next((name for name in self.hardware if name.startswith(cell.hardware)), "")
+        result = run_bench(
+            item,
+            self._folder(cell),
+            where=Where(self.executor.cancel, self.place),
+            progress=self.progress,
+            versions=self.versions,
+            hardware_name=name,
+        )
+        if self.executor.cancel.is_set():
+            return
+        self.results[cell.key] = result
+        self.ledger.result(result, self.keys[cell.key])
+        self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
 
     def _attempts(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation, int]:
         """(last attempt, verdict of all, how many there were in this run)."""

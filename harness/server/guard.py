@@ -14,6 +14,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,16 @@ from pathlib import Path
 
 import psutil
 
+
 SHM = "/dev/shm/"
 #: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
 #: Not `sem.mp-`: glibc maps a semaphore under another name, so one in use elsewhere cannot be told from an orphan.
 ORPHAN = re.compile(r"^(vllm_dist_.*cpushm|psm_|nccl-|torch_)")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+#: What is read of a log, and kept: its beginning, where settings stand, and its end, where causes do.
+HEAD_BYTES, TAIL_BYTES = 2**20, 4 * 2**20
+#: A log that grew by this is cut in its middle.
+LOG_BYTES = 64 * 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -110,7 +116,7 @@ def guard(command: list[str], grace: float) -> int:
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tree = Tree()
     scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
-    told = _Told()
+    told, log = _Told(), _Log()
     try:
         process = subprocess.Popen(
             command,
@@ -119,13 +125,22 @@ def guard(command: list[str], grace: float) -> int:
             preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
         )
         _command_pid = process.pid
-        looked = 0.0
+        looked, killed = 0.0, kills_for_memory()
         while process.poll() is None and not told.stop(0.1):
             reap()
+            log.shorten()
             if time.monotonic() - looked > 1.0:
                 tree.look()
                 looked = time.monotonic()
         tree.look()
+        if process.poll():
+            time.sleep(0.05)
+            if kills_for_memory() > killed:
+                print(
+                    "guard: out of memory: the kernel killed a process of this host meanwhile",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if process.poll() is None:
             process.terminate()
             until = time.monotonic() + grace
@@ -141,6 +156,29 @@ def guard(command: list[str], grace: float) -> int:
         tree.kill()
         tree.sweep()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """How many processes of this host the kernel has killed for want of memory, of the host or of a control group."""
+    fields = (line.split() for line in vmstat.read_text().splitlines())
+    return next((int(field[1]) for field in fields if field[0] == "oom_kill"), 0)
+
+
+class _Log:
+    """The server's log, which is this process's standard output. A flood is cut in the middle, where nobody reads."""
+
+    _PUNCH_KEEPING_SIZE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+    def __init__(self) -> None:
+        self.cut = HEAD_BYTES
+
+    def shorten(self, at: int = LOG_BYTES) -> None:
+        """Give the disk back what lies between the first and the last part of a log that has grown by `at` bytes."""
+        status = os.fstat(1)
+        end = (status.st_size - TAIL_BYTES) & ~0xFFF
+        if stat.S_ISREG(status.st_mode) and end - self.cut > at:
+            _LIBC.fallocate(1, self._PUNCH_KEEPING_SIZE, ctypes.c_long(self.cut), ctypes.c_long(end - self.cut))
+            self.cut = end
 
 
 class _Told:

@@ -161,8 +161,11 @@ class Server:
             reply = client.post("/v1/completions", json=body, timeout=self.limits.request)
         except httpx.TransportError as error:
             self._settle()
+            hangs = isinstance(error, httpx.TimeoutException)
             reason = f"no first token: {type(error).__name__}: {error}"
-            raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log)))) from error
+            reason += f" within {self.limits.request:.0f} s" if hangs else ""
+            cause = Cause.TIMEOUT if hangs else Cause.BROKEN_ANSWER
+            raise ServerFailed(Failure(cause=cause, reason=reason, log_tail=tail(read_log(self.log)))) from error
         if not reply.is_success or turned_away != 401:
             reason = f"no first token: HTTP {reply.status_code} {reply.text[:300]}; without the key HTTP {turned_away}"
             raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log))))

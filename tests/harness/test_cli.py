@@ -34,8 +34,9 @@ class FakeRunner:
     def __init__(self, verdicts=None, interrupt=False):
         self.verdicts, self.interrupt, self.calls = verdicts or {}, interrupt, []
 
-    def __call__(self, plan, *, run_dir, jobs, runtime, progress):
+    def __call__(self, plan, *, run_dir, jobs, runtime, progress, **terms):
         self.calls.append((plan, run_dir, jobs, runtime))
+        self.terms = terms
         if self.interrupt:
             raise KeyboardInterrupt
         results = []
@@ -234,7 +235,7 @@ def test_a_full_disk_is_3_and_says_what_is_kept(call, monkeypatch, tmp_path):
     monkeypatch.setattr(harness.run, "_runner", lambda: full)
     status, _, err = call("--suite", "smoke", "--run-dir", str(tmp_path / "run"))
     assert status == 3
-    assert "No space left on device" in err and "Make room and run again" in err
+    assert "No space left on device" in err and "Make room, then ./test_helix.sh --resume" in err
 
 
 def test_interrupt_is_130_and_reports_what_was_finished(call, fake, tmp_path):

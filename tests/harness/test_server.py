@@ -191,7 +191,20 @@ def test_leases_are_exclusive_and_skip_used_ports():
             Cause.PORT_IN_USE,
             "OSError: [Errno 98] Address already in use",
         ),
-        ("", 137, Cause.OUT_OF_MEMORY, "killed by SIGKILL (137)"),
+        ("", 137, Cause.KILLED, "SIGKILL (137) from outside, and not for want of memory"),
+        (
+            "guard: out of memory: the kernel killed x",
+            137,
+            Cause.OUT_OF_MEMORY,
+            "guard: out of memory: the kernel killed x",
+        ),
+        (
+            "CUDA error: an illegal memory access was encountered\nNCCL error: 1",
+            1,
+            Cause.ILLEGAL_ACCESS,
+            "CUDA error: an illegal memory access was encountered",
+        ),
+        ("RuntimeError: NCCL error: ncclSystemError", 1, Cause.NCCL, "RuntimeError: NCCL error: ncclSystemError"),
         ("", 1, Cause.OTHER, "exit status 1: empty log"),
         (
             "(Worker pid=7) ERROR 11-24 00:26:06 [a.py:1063] ValueError: No common block size for 16\n"
