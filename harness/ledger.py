@@ -74,6 +74,10 @@ class Ledger:
         """A cell's row; the last one of a cell counts. `key`: `harness.resume.fingerprint`."""
         self._append({"event": "result", "key": key, "result": result.model_dump(mode="json")})
 
+    def models(self, cards: list[dict]) -> None:
+        """The cards of the run's models (`harness.models.sheet.ModelCard`); the last record counts."""
+        self._append({"event": "models", "models": cards})
+
     def run_end(self) -> None:
         self._append({"event": "run-end"})
 

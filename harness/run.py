@@ -193,7 +193,29 @@ def _progress(run_dir: Path, plan: Sequence[PlannedCell], jobs: int) -> "Abstrac
 def _runner() -> Runner:
     from harness.runner import run as run_cells
 
-    return run_cells
+    def run_and_measure_models(plan: list[PlannedCell], *, run_dir: Path, **more) -> list[CellResult]:
+        results = run_cells(plan, run_dir=run_dir, **more)
+        record_cards(run_dir, results)
+        return results
+
+    return run_and_measure_models
+
+
+def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:
+    """The card of each made model whose servers answered, into the run's ledger. No part of any verdict."""
+    from harness.ledger import Ledger
+    from harness.models.recipe import PREFIX
+    from harness.models.sheet import card_of
+
+    cards = []
+    for model in sorted({result.cell.model for result in results if result.transcript_digest}):
+        if model.startswith(PREFIX):
+            try:
+                cards.append(card_of(model).model_dump(mode="json"))
+            except Exception as problem:  # a run is not lost to what only describes its models
+                say(f"no card of {model}: {type(problem).__name__}: {problem}")
+    if cards:
+        Ledger(run_dir).models(cards)
 
 
 def _reporter() -> Reporter:

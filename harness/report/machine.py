@@ -7,6 +7,7 @@ from typing import Literal
 import pandas as pd
 
 from harness.frozen import Frozen
+from harness.models.sheet import ModelCard
 from harness.report.run import Run
 from harness.report.square import Square, matrices
 from harness.report.text import clean
@@ -40,6 +41,7 @@ class Results(Frozen):
     counts: dict[str, int]
     matrix: tuple[Square, ...]
     cells: tuple[Entry, ...]
+    models: tuple[ModelCard, ...] = ()
     unfinished: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -60,6 +62,7 @@ def results_json(run: Run, table: pd.DataFrame) -> str:
             Entry(id=cell_id, key=result.cell.key, kind=kinds[cell_id], effect=result.effect, result=result)
             for cell_id, result in by_id.items()
         ),
+        models=run.models,
         unfinished=run.unfinished,
         left_out=run.left_out,
     )

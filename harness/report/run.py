@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError
 
 from harness import ledger
 from harness.frozen import Frozen
+from harness.models.sheet import ModelCard
 from harness.report.text import clean
 from harness.result import CellResult
 from harness.verdict import Effect, exit_status
@@ -37,6 +38,7 @@ class Run(Frozen):
     #: cell id -> results that a later one in this ledger replaced
     earlier: dict[str, tuple[CellResult, ...]] = Field(default_factory=dict)
     tries: dict[str, tuple[Try, ...]] = Field(default_factory=dict)  # cell id -> its attempts
+    models: tuple[ModelCard, ...] = ()  # cards of the models that were made on the spot
     unfinished: tuple[str, ...] = ()  # ids that were planned or started and have no result
     left_out: tuple[str, ...] = ()
 
@@ -56,6 +58,7 @@ def load(run_dir: Path) -> Run:
     started_cells: list[str] = []
     by_id: dict[str, list[CellResult]] = {}
     tries: dict[str, list[Try]] = {}
+    models: tuple[ModelCard, ...] = ()
     for number, event in enumerate(events, start=1):
         match event.get("event"):
             case "run-start":
@@ -65,6 +68,11 @@ def load(run_dir: Path) -> Run:
                 started_cells += _strings(event.get("id") or event.get("cell"))
             case "attempt":
                 tries.setdefault(_text(event.get("id")), []).append(_try(event))
+            case "models":
+                try:
+                    models = tuple(ModelCard.model_validate(card) for card in event.get("models"))
+                except (TypeError, ValidationError):
+                    left_out.append(f"event {number}: its model cards do not fit this version")
             case "run-end":
                 ended = str(event.get("time") or "at an unknown time")
             case "result":
@@ -84,6 +92,7 @@ def load(run_dir: Path) -> Run:
         results=tuple(results[-1] for results in by_id.values()),
         earlier={cell_id: tuple(results[:-1]) for cell_id, results in by_id.items() if len(results) > 1},
         tries={cell_id: tuple(found) for cell_id, found in tries.items()},
+        models=models,
         unfinished=tuple(dict.fromkeys(cell_id for cell_id in started_cells if cell_id not in by_id)),
         left_out=tuple(clean(sentence) for sentence in left_out),
     )

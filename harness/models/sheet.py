@@ -1,0 +1,134 @@
+"""The card of a recipe's model as a run records it: what it is, how far its answers are from a tie, what it notices.
+
+Measured by `retrieval_card.py` and `card.py`, once a recipe: kept beside the models in the cache.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness.frozen import Frozen, content_hash
+from harness.models.recipe import PREFIX, Recipe, cache_root, find
+from harness.models.stream import Retrieval
+
+#: Part of a kept card's name; raise it when what is measured changes.
+VERSION = 1
+LENGTHS = (100, 1000)  # of a retrieval model's prompts
+SHARDS = ((2, 1), (4, 16))  # (KVP, interleave)
+AT = 300  # tokens, where shards are masked
+RANDOM_LENGTH = 256
+
+
+class Measure(Frozen):
+    """One number of a card: nats, unless its unit says otherwise."""
+
+    name: str
+    value: float
+    unit: str
+    note: str = ""
+
+
+class ModelCard(Frozen):
+    """`margins`: how far the right answer is ahead, and what rounding does. `sensitivity`: what a defect changes."""
+
+    model: str
+    shape: str
+    kind: str
+    margins: tuple[Measure, ...]
+    sensitivity: tuple[Measure, ...]
+
+
+def card_of(model: str) -> ModelCard:
+    """The card of `recipe:NAME`, measured now (some seconds) if it is not in the cache. KeyError for no recipe."""
+    made = find(model)
+    path = _kept(made)
+    try:
+        return ModelCard.model_validate_json(path.read_text())
+    except (OSError, ValidationError):
+        found = _looks_up(made) if isinstance(made, Retrieval) else _random(made)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(found.model_dump_json())
+    scratch.replace(path)
+    return found
+
+
+def _kept(made: Recipe) -> Path:
+    measured = content_hash([VERSION, LENGTHS, SHARDS, AT, RANDOM_LENGTH])
+    return cache_root().parent / "cards" / f"{made.name}-{made.key}-{measured}.json"
+
+
+def _shape(made: Recipe) -> str:
+    config = made.config()
+    heads = f"{made.heads} query heads"
+    cached = "one latent" if "kv_lora_rank" in config else f"{made.kv_heads} KV heads"
+    return (
+        f"{made.architecture}, {made.layers} layers, {heads}, {cached}, hidden {made.hidden}, vocabulary {made.vocab}"
+    )
+
+
+def _looks_up(made: Recipe) -> ModelCard:
+    from harness.models.retrieval_card import card
+
+    found = card(made, lengths=LENGTHS, depths=3, shards=SHARDS, at=AT)
+    margins, sensitivity = [], []
+    for row in found.margins:
+        at = f"{row.dtype}, {row.length} tokens"
+        right = f"{row.right} of {row.asked} right; median {row.median:.2f}"
+        margins.append(Measure(name=f"smallest margin, {at}", value=row.smallest, unit="nat", note=right))
+        if row.rounding is not None:
+            margins.append(Measure(name=f"rounding against fp64, {at}", value=row.rounding, unit="nat"))
+    for hurt in found.sensitivity:
+        at = f"KVP {hurt.kvp}, interleave {hurt.interleave}"
+        flips = f"{hurt.flips:.0%} of the answers change"
+        sensitivity += [
+            Measure(name=f"shard of the answer masked, {at}", value=hurt.own_shard_loss, unit="nat", note=flips),
+            Measure(name=f"another shard masked, {at}", value=hurt.other_shard, unit="nat"),
+            Measure(name=f"partials merged as base 2, {at}", value=hurt.base_2, unit="nat"),
+            Measure(name=f"partials weighted equally, {at}", value=hurt.equal_weights, unit="nat"),
+            Measure(name=f"one query head silent, {at}", value=min(hurt.silent_head), unit="nat"),
+        ]
+    return ModelCard(
+        model=PREFIX + made.name,
+        shape=_shape(made),
+        kind="looks up values: the next token after a key is its value, which lies in one shard",
+        margins=tuple(margins),
+        sensitivity=tuple(sensitivity),
+    )
+
+
+def _random(made: Recipe) -> ModelCard:
+    from harness.models.card import STEPS, measure
+
+    found = measure(made, RANDOM_LENGTH)
+    at = f"{RANDOM_LENGTH} tokens and {STEPS} of decode"
+    return ModelCard(
+        model=PREFIX + made.name,
+        shape=_shape(made),
+        kind="random weights, sized so that the context outweighs the last token",
+        margins=(
+            Measure(name="5th percentile of margins", value=found.margin_p5, unit="nat", note=at),
+            Measure(name="median margin", value=found.margin_median, unit="nat"),
+            Measure(name="steps with a margin below 0.1 nat", value=found.near_ties, unit="share"),
+            Measure(name="distinct tokens", value=found.distinct, unit="share"),
+        ),
+        sensitivity=(
+            Measure(name="one context token masked, median", value=found.one_token, unit="nat"),
+            Measure(name="one shard of two masked, smallest", value=found.one_shard, unit="nat"),
+            Measure(name="one shard of two masked, median", value=found.one_shard_median, unit="nat"),
+        ),
+    )
+
+
+def main(names: list[str]) -> None:
+    """`python -m harness.models.sheet NAME …` prints cards as JSON."""
+    for name in names:
+        print(json.dumps(card_of(name).model_dump(), indent=2))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])
