@@ -2,16 +2,27 @@
 
 A worker writes two files into the proof folder: `rank3.json`, who it is (written once, when its model is built), and
 `rank3.counters`, int64 counters in a memory map that are bumped in place, so that a reader sees them live, a crash
-loses nothing, and a bump costs an array store.
+loses nothing, and a bump costs an array store. Under CUDA graphs the counters live on the device instead
+(`device_counters.py`), and are copied into the same map every PUBLISHED seconds.
 """
 
 import dataclasses
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from helix_runtime.device_counters import DeviceCounters
+
+#: How often counters on a device are copied out, in seconds.
+PUBLISHED = 0.25
 
 #: Names and order of the counters in the memory map. Append only.
 COUNTERS = (
@@ -32,7 +43,10 @@ COUNTERS = (
 
 @dataclass(frozen=True)
 class RankProof:
-    """What one worker ran. `combine` is `a2a`, `ag_rs` or `none`; `combine_impl` names the function that did it."""
+    """What one worker ran. `combine` is `a2a`, `ag_rs` or `none`; `combine_impl` names the function that did it.
+
+    `on_device`: the counters are counted on the device, replays of graphs included, and lag by up to PUBLISHED.
+    """
 
     rank: int
     tp: int
@@ -52,6 +66,7 @@ class RankProof:
     model_runner: str
     vllm_version: str
     self_test: str
+    on_device: bool = False
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -76,9 +91,13 @@ class Deviation:
 
 
 class ProofWriter:
-    """Counters of one worker. Without a folder every call is a no-op on a private array."""
+    """Counters of one worker. Without a folder every call is a no-op on a private array.
+
+    on_device: count there instead, from `count_on` on; `publish` then copies the values out.
+    """
 
     def __init__(self, folder: str | os.PathLike | None, rank: int):
+        self.on_device: DeviceCounters | None = None
         self.folder = Path(folder) if folder else None
         self.rank = rank
         if self.folder:
@@ -97,20 +116,54 @@ class ProofWriter:
             scratch.write_text(json.dumps(dataclasses.asdict(proof)))
             scratch.replace(path)
 
-    def count(self, name: str, by: int = 1) -> None:
-        self._counters[_INDEX[name]] += by
+    def count_on(self, device: "torch.device") -> "DeviceCounters":
+        """Count on `device` from now on."""
+        from helix_runtime.device_counters import DeviceCounters
+
+        self.on_device = DeviceCounters(device, COUNTERS, TOGETHER)
+        return self.on_device
+
+    def count(self, name: str, by: "int | torch.Tensor" = 1) -> None:
+        """Add `by`. A tensor of one integer costs a synchronisation, unless counters are on its device."""
+        if self.on_device:
+            self.on_device.add(name, by)
+        else:
+            self._counters[_INDEX[name]] += int(by)
+
+    def ran(self, phase: str, combined: bool = True) -> None:
+        """Count an attention call of `phase` (`decode` or `prefill`), and the combine that followed if one did."""
+        names = (f"{phase}_attention", f"{phase}_combine") if combined else (f"{phase}_attention",)
+        if self.on_device:
+            self.on_device.bump(*names)
+        else:
+            for name in names:
+                self.count(name)
+
+    def publish(self, values: list[int]) -> None:
+        """Put values that were counted on a device where readers look."""
+        self._counters[:] = values
 
 
 def read_proofs(folder: str | os.PathLike) -> list[RankProof]:
-    """All ranks' proofs in `folder`, with their counters as they stand now, by rank. Missing folder: empty list."""
-    proofs = []
+    """All ranks' proofs in `folder`, with their counters as they stand now, by rank. Missing folder: empty list.
+
+    Where counters are on a device, waits until what was counted before this call has been copied out.
+    """
+    proofs: list[RankProof] = []
+    waited = False
     for path in sorted(Path(folder).glob("rank*.json"), key=lambda path: int(path.stem.removeprefix("rank"))):
         fields = json.loads(path.read_text())
+        if fields.get("on_device") and not waited:
+            time.sleep(2 * PUBLISHED)
+            waited = True
         values = np.fromfile(path.with_suffix(".counters"), dtype=np.int64)
         fields["counters"] = dict(zip(COUNTERS, (int(value) for value in values), strict=False))
         fields["group_ranks"] = tuple(fields["group_ranks"])
         proofs.append(RankProof(**fields))
     return proofs
 
+
+#: What `ProofWriter.ran` counts at once.
+TOGETHER = tuple((f"{phase}_attention", f"{phase}_combine") for phase in ("decode", "prefill"))
 
 _INDEX = {name: index for index, name in enumerate(COUNTERS)}

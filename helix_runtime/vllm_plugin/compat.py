@@ -172,6 +172,13 @@ SURFACE: tuple[Surface, ...] = (
         "FLASH_ATTN",
         platform="cuda",
     ),
+    Surface("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", ("self",), "proof", platform="cuda"),
+    Surface(
+        "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
+        ("self", "idx_mapping", "query_start_loc", "positions", "num_tokens_padded", "out"),
+        "proof",
+        platform="cuda",
+    ),
     Surface(
         "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
         ("self", "num_reqs", "query_start_loc", "positions"),

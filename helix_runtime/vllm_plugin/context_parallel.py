@@ -18,7 +18,7 @@ class ContextParallel:
 
     comm: vLLM's `--dcp-comm-backend`, `a2a` or `ag_rs`. combine: partials [B, H, D] and [B, H] (natural log, fp32) of
     this shard -> merged output [B, H / KVP, D] of the heads this rank owns; combine_name: the function behind it.
-    counts_tokens: also count tokens written, which on a GPU costs a synchronisation a layer. armed: the deliberate
+    counts_tokens: count tokens where a layer writes them; False where `device_proof.py` counts them once a step. armed: the deliberate
     defect, if any. capture: compares every merge with fp64, if asked for. site: the attention call that is running;
     to_check: its inputs, where attention and combine are called apart (MLA) and a capture wants them.
     """

@@ -21,9 +21,7 @@ def _init_combine(original):
         upstream = original(self, *args, **kwargs)
 
         def combine(partial_output, partial_lse, **lengths):
-            proof = current().proof
-            proof.count("decode_attention")
-            proof.count("decode_combine")
+            current().proof.ran("decode")
             return upstream(partial_output, partial_lse, **lengths)
 
         return combine
@@ -36,7 +34,7 @@ def _do_kv_cache_update(original):
         original(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
         context = current()
         if context.counts_tokens:
-            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
+            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
             context.proof.count("global_tokens", slot_mapping.numel())
 
     return do_kv_cache_update

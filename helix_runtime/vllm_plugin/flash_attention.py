@@ -40,9 +40,7 @@ def _forward_with_dcp(original):
     def forward_with_dcp(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales):
         context = current()
         phase = "decode" if attn_metadata.max_query_len == 1 else "prefill"
-        context.proof.count(f"{phase}_attention")
-        if attn_metadata.max_dcp_context_kv_len:
-            context.proof.count(f"{phase}_combine")
+        context.proof.ran(phase, combined=bool(attn_metadata.max_dcp_context_kv_len))
         if not context.helix:
             return original(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales)
         return _helix(self, query, key, value, key_cache, value_cache, output, attn_metadata)
@@ -104,7 +102,7 @@ def _do_kv_cache_update(original):
         original(self, layer, key, value, kv_cache, slot_mapping)
         context = current()
         if context.counts_tokens:
-            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
-            context.proof.count("global_tokens", key.shape[0])
+            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
+            context.proof.count("global_tokens", slot_mapping.numel())
 
     return do_kv_cache_update

@@ -72,8 +72,7 @@ def _counted(phase: str, combine):
 
     def counted(partial_output, partial_lse, _group, **how):
         proof = current().proof
-        proof.count(f"{phase}_attention")
-        proof.count(f"{phase}_combine")
+        proof.ran(phase)
         return combine(partial_output, partial_lse, _real_group(), **how)
 
     return counted
@@ -114,7 +113,7 @@ def _do_kv_cache_update(original):
         original(self, layer, key, value, kv_cache, slot_mapping)
         context = current()
         if context.counts_tokens:
-            context.proof.count("local_tokens", int((slot_mapping >= 0).sum()))
-            context.proof.count("global_tokens", key.shape[0])
+            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
+            context.proof.count("global_tokens", slot_mapping.numel())
 
     return do_kv_cache_update

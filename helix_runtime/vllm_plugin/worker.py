@@ -49,6 +49,10 @@ def activate(config, options: HelixOptions, rank: int) -> None:
         slot_mapping.install()
     else:
         _install_on_cuda(layout.use_mla, config.attention_config.backend)
+        if options.proof_dir:
+            from helix_runtime.vllm_plugin import device_proof
+
+            device_proof.install()
     if options.helix_mode and not layout.use_mla:
         view = tpa_scope.TPAView(world_size=layout.tpa, rank_in_group=layout.tpa_rank(rank))
         tpa_scope.install(attention_constructor(config.model_config.architecture), view)
@@ -94,11 +98,16 @@ def _load_model(original, options: HelixOptions, layout):
             proof=ProofWriter(options.proof_dir, self.rank),
             make_combine=make_combine,
             combine_name=combine_name,
-            counts_tokens=cpu or options.share_gpu,
+            counts_tokens=cpu,
         )
         set_current(context)
         original(self, *args, **kwargs)
         self_test(context, self.device)
+        if options.proof_dir and not cpu:
+            from helix_runtime.vllm_plugin.device_proof import runs_v2
+
+            context.proof.count_on(self.device)
+            context.counts_tokens = not runs_v2(self.model_runner)
         context.armed = make_fault(options.fault)
         context.armed.fault.weights(self.model_runner.model, self.rank)
         if options.capture and options.proof_dir:
@@ -137,6 +146,7 @@ def rank_proof(worker, context) -> RankProof:
         model_runner=f"{type(worker.model_runner).__module__}.{type(worker.model_runner).__qualname__}",
         vllm_version=vllm.__version__,
         self_test="ok",
+        on_device=context.proof.on_device is not None,
     )
 
 

@@ -1,0 +1,131 @@
+"""Counters on a device and what they are copied to; on CPU tensors, through the code that runs on a GPU."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helix_runtime.device_counters import DeviceCounters, Publisher
+from helix_runtime.proof import COUNTERS, ProofWriter, RankProof, read_proofs
+
+
+def record(**changes) -> RankProof:
+    usual = {
+        "rank": 0, "tp": 2, "kvp": 2, "tpa": 1, "kvp_rank": 0, "tpa_rank": 0, "helix": True, "backend": "B",
+        "impl": "I",
+        "combine": "a2a", "combine_impl": "f", "group_size": 2, "group_ranks": (0, 1), "interleave": 1, "lse_base": "e",
+        "model_runner": "r", "vllm_version": "0.32.0", "self_test": "ok",
+    }  # fmt: skip
+    return RankProof(**{**usual, **changes})
+
+
+def test_counters_add_numbers_and_tensors():
+    counters = DeviceCounters("cpu", ("a", "b", "c"), together=(("a", "c"),))
+    counters.bump("a", "c")
+    counters.bump("b")
+    counters.add("b", 3)
+    counters.add("b", torch.tensor([True, False, True]).sum())
+    assert counters.read() == [1, 6, 1]
+    counters.reset()
+    assert counters.read() == [0, 0, 0]
+
+
+def test_bumping_allocates_nothing_and_keeps_its_address():
+    """What a captured graph would add to must still be there when it is replayed."""
+    counters = DeviceCounters("cpu", ("a", "b"), together=(("a", "b"),))
+    before = counters.values.data_ptr()
+    with pytest.raises(KeyError):
+        counters.bump("b", "a")  # an increment that was not made beforehand
+    counters.bump("a", "b")
+    assert counters.values.data_ptr() == before
+
+
+def test_a_writer_counts_on_its_device_and_publishes(tmp_path):
+    writer = ProofWriter(tmp_path, 0)
+    writer.identify(record(on_device=True))
+    counters = writer.count_on(torch.device("cpu"))
+    writer.ran("decode")
+    writer.ran("prefill", combined=False)
+    writer.count("local_tokens", torch.tensor(5))
+    publisher = Publisher(counters, writer.publish, seconds=0.01)
+    publisher.start()
+    until = time.monotonic() + 10
+    while read_proofs(tmp_path)[0].counters["local_tokens"] != 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    writer.ran("decode")
+    publisher.close()
+    counted = {name: value for name, value in read_proofs(tmp_path)[0].counters.items() if value}
+    assert counted == {"decode_attention": 2, "decode_combine": 2, "prefill_attention": 1, "local_tokens": 5}
+
+
+def test_a_writer_without_a_device_counts_in_place(tmp_path):
+    writer = ProofWriter(tmp_path, 0)
+    writer.identify(record())
+    writer.ran("decode", combined=False)
+    writer.count("global_tokens", torch.tensor(4))
+    counters = read_proofs(tmp_path)[0].counters
+    assert (counters["decode_attention"], counters["decode_combine"], counters["global_tokens"]) == (1, 0, 4)
+
+
+def test_records_of_before_are_still_read(tmp_path):
+    """A proof without newer counters, as committed evidence holds them."""
+    writer = ProofWriter(tmp_path, 0)
+    writer.identify(record())
+    path = tmp_path / "rank0.counters"
+    path.write_bytes(path.read_bytes()[: 8 * 7])
+    assert set(read_proofs(tmp_path)[0].counters) == set(COUNTERS[:7])
+
+
+@pytest.fixture
+def counted():
+    pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
+    from helix_runtime.vllm_plugin.device_proof import count_tokens
+
+    def run(kvp_rank: int, slots: list[int], starts: list[int], positions: list[int]) -> dict[str, int]:
+        proof = ProofWriter(None, 0)
+        counters = proof.count_on(torch.device("cpu"))
+        context = SimpleNamespace(proof=proof, interleave=2, kvp_rank=kvp_rank)
+        count_tokens(context, torch.tensor(slots), torch.tensor(starts), torch.tensor(positions))
+        return {name: value for name, value in zip(COUNTERS, counters.read(), strict=True) if value}
+
+    return run
+
+
+def test_padding_is_not_counted(counted):
+    """Two requests decode at positions 5 and 1 (interleave 2), in a graph for four: slots and starts are padded."""
+    padded = [0, 1, 2, 2, 2]
+    # Rank 1 owns positions 2, 3, 6, 7: neither token; the second request's shard is empty there.
+    assert counted(1, [-1, -1, -1, -1], padded, [5, 1, 0, 0]) == {"global_tokens": 2, "empty_shard": 1}
+    # Rank 0 owns 0, 1, 4, 5: both.
+    assert counted(0, [37, 12, -1, -1], padded, [5, 1, 0, 0]) == {"local_tokens": 2, "global_tokens": 2}
+
+
+def test_a_prefill_and_a_decode(counted):
+    """A prompt of 3 tokens and a decode at position 2, on rank 1."""
+    assert counted(1, [-1, -1, 8, 9], [0, 3, 4], [0, 1, 2, 2]) == {"local_tokens": 2, "global_tokens": 4}
+
+
+def test_the_ranks_of_a_group_own_every_token_once(counted):
+    from helix_runtime.sharding import slot_mapping
+
+    lengths, new = [9, 1, 30], [1, 1, 4]
+    positions = torch.cat([torch.arange(length - n, length) for length, n in zip(lengths, new, strict=True)])
+    starts = torch.tensor([0, 1, 2, 6])
+    table = torch.arange(3 * 8).view(3, 8)
+    local = []
+    for rank in range(2):
+        slots = slot_mapping(positions, table, starts, block_size=4, kvp=2, kvp_rank=rank, interleave=2)
+        found = counted(rank, slots.tolist(), starts.tolist(), positions.tolist())
+        assert found["global_tokens"] == 6
+        local.append(found.get("local_tokens", 0))
+    assert sum(local) == 6
+
+
+def test_v2_is_told_from_v1():
+    pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
+    from helix_runtime.vllm_plugin.device_proof import runs_v2
+
+    made = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu.model_runner"})
+    old = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu_model_runner"})
+    assert runs_v2(type("Mine", (made,), {})()) and not runs_v2(old())
