@@ -36,6 +36,7 @@ def test_a_shared_cell_is_eager_and_says_so_in_its_id_and_command(cell):
     assert shared.id.endswith("/share_gpu=True")
     assert shared.serve == (("dtype", "bfloat16"), ("enforce-eager", True))
     assert json.loads(shared.serve_args()[-1]) == {"helix": {"share_gpu": True}}
+    assert "--distributed-executor-backend mp" in " ".join(shared.serve_args())  # else vLLM looks for a Ray cluster
     assert on_one_gpu(shared) == shared
     assert shared.key != cell.key
 
