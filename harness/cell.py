@@ -99,7 +99,7 @@ class Cell(Frozen):
             args += ["--dcp-comm-backend", self.comm]
         for name, value in self.serve:
             args += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        if ("share_gpu", True) in self.helix:  # where there are fewer GPUs than ranks, vLLM would look for a Ray cluster
+        if ("share_gpu", True) in self.helix:  # with fewer GPUs than ranks, vLLM would look for a Ray cluster
             args += ["--distributed-executor-backend", "mp"]
         # On CPU the key alone is what gives standard DCP a backend that returns its LSE.
         if self.helix or (self.mode is Mode.STANDARD_DCP and self.hardware == "cpu"):
