@@ -86,6 +86,15 @@ class Spread(Frozen):
     source: str
 
 
+class Shapes(Frozen):
+    """Shapes of the tails of `PhaseBand.change` and `.distance`, two standard errors on the heavy side."""
+
+    change: float
+    distance: float
+
+
+EXPONENTIAL = Shapes(change=0.0, distance=0.0)
+
 #: Of models and dtypes for which none was measured: twice what was measured on CPU in fp32.
 UNMEASURED = Spread(cell=0.2, group=0.2, degrees=20, source="not measured")
 
@@ -93,7 +102,7 @@ UNMEASURED = Spread(cell=0.2, group=0.2, degrees=20, source="not measured")
 class Band(Frozen):
     """The null band of one model and dtype, at one TP size or (shipped) at any.
 
-    `floor`: the least change that counts, in nats: the resolution of the logprobs themselves.
+    `floor`: for levels, smaller changes of a step count as this, in nats.
     """
 
     schema_version: Literal[1] = SCHEMA
@@ -115,6 +124,10 @@ class Band(Frozen):
         """Raises OSError, or ValueError (pydantic's) when the file is no band."""
         return cls.model_validate_json(path.read_text())
 
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(change=self.decode.change.shape, distance=self.decode.distance.shape)
+
     def phase(self, prefill: bool) -> PhaseBand:
         return self.prefill if prefill else self.decode
 
@@ -135,9 +148,10 @@ def shipped(dtype: str, model: str) -> Band:
     return Band.load(path)
 
 
-def spread_of(dtype: str, model: str) -> Spread:
-    """The measured spread of `dtype` and the kind of `model`, else a wide one."""
+def measured_elsewhere(dtype: str, model: str) -> tuple[Spread, Shapes]:
+    """What a run cannot measure: from the shipped band of `dtype` and the kind of `model`, else cautious values."""
     try:
-        return shipped(dtype, model).spread
+        band = shipped(dtype, model)
     except KeyError:
-        return UNMEASURED
+        return UNMEASURED, EXPONENTIAL
+    return band.spread, band.shapes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harness.cell import Cell
 from harness.executors.local import dtype_of
-from harness.oracle.band import Band, shipped, spread_of
+from harness.oracle.band import Band, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.transcript import Transcript
 
@@ -25,10 +25,10 @@ class Bands:
     def add(self, cell: Cell, kind: str, transcript: Transcript, other: Transcript) -> None:
         """Count the difference of baseline `cell`'s transcript to another of standard TP as null."""
         self.pairs[cell.key].append(NullPair(kind, transcript, other))
-        spread = spread_of(transcript.dtype, cell.model)
+        spread, shapes = measured_elsewhere(transcript.dtype, cell.model)
         name = f"of this run ({cell.model}, {transcript.dtype}, TP{cell.tp})"
         try:
-            band = calibrate(self.pairs[cell.key], name=name, model=cell.model, spread=spread)
+            band = calibrate(self.pairs[cell.key], name=name, model=cell.model, spread=spread, shapes=shapes)
         except ValueError as problem:
             self.problems[cell.key] = str(problem)
             return

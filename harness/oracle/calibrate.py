@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.oracle.band import Band, Curve, PhaseBand, Row, Source, Spread
+from harness.oracle.band import EXPONENTIAL, Band, Curve, PhaseBand, Row, Shapes, Source, Spread
 from harness.oracle.compare import StepChange, compare
 from harness.oracle.statistics import fit_tail
 from harness.transcript import Transcript
 
 #: A change below this is none: an fp32 logprob around -10 has a resolution of 1e-6.
-FLOOR = 1e-7
+RESOLUTION = 1e-7
+#: For levels, a change below this share of the null's median counts as this share: steps that are identical by luck
+#: must not outweigh others that are twice as loud.
+QUIET = 0.25
 LEAST_STEPS = 100  # decode steps of a null that can stand for itself
 MOSTLY = 0.5
 #: Standard TP that differs from itself by more than this on average says nothing about anything, in nats.
@@ -28,15 +31,20 @@ class NullPair(NamedTuple):
     candidate: Transcript
 
 
-def calibrate(pairs: Sequence[NullPair], *, name: str, model: str, spread: Spread, shape: float = 0.0) -> Band:
-    """The band of `pairs`. ValueError, with the reason, where they are too few, identical, or do not agree at all."""
+def calibrate(
+    pairs: Sequence[NullPair], *, name: str, model: str, spread: Spread, shapes: Shapes = EXPONENTIAL
+) -> Band:
+    """The band of `pairs`. ValueError, with the reason, where they are too few, identical, or do not agree at all.
+
+    `spread` and `shapes` cannot be measured from the few pairs of a run; they come with the shipped band.
+    """
     sources: list[Source] = []
     steps: list[StepChange] = []
     for kind, baseline, candidate in pairs:
         found = [step for step in compare(baseline, candidate).steps if math.isfinite(step.widest)]
         # Prefill's token is identical wherever the same kernel ran; decode tells whether anything was reordered.
         decode = [step for step in found if not step.prefill]
-        identical = float(np.mean([step.widest <= FLOOR for step in decode])) if decode else 1.0
+        identical = float(np.mean([step.widest <= RESOLUTION for step in decode])) if decode else 1.0
         used = identical < MOSTLY
         steps += found if used else []
         sources.append(
@@ -53,23 +61,24 @@ def calibrate(pairs: Sequence[NullPair], *, name: str, model: str, spread: Sprea
     if kl > MOST_KL:
         raise ValueError(f"standard TP differs from itself by {kl:.2g} nat on average: nothing can be compared with it")
     prefill = [step for step in steps if step.prefill]
+    floor = max(RESOLUTION, QUIET * float(np.median([step.widest for step in decode])))
     first = pairs[0].baseline
     return Band(
-        name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=tuple(sources), floor=FLOOR,
-        prefill=_phase(prefill, decode, shape), decode=_phase(decode, decode, shape), spread=spread,
+        name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=tuple(sources), floor=floor,
+        prefill=_phase(prefill, decode, floor, shapes), decode=_phase(decode, decode, floor, shapes), spread=spread,
     )  # fmt: skip
 
 
-def _phase(steps: Sequence[StepChange], decode: Sequence[StepChange], shape: float) -> PhaseBand:
+def _phase(steps: Sequence[StepChange], decode: Sequence[StepChange], floor: float, shapes: Shapes) -> PhaseBand:
     """The null of `steps`. Tails come from all of decode: prefill gives one step a prompt, too few for a tail."""
     scale = _scale(steps, decode)
-    change = fit_tail([step.widest for step in decode], shape)
-    distance = fit_tail([_distance(step) for step in decode], shape)
-    rows = _rows(steps)
-    logs = [math.log(max(step.widest, FLOOR)) for step in steps]
+    change = fit_tail([step.widest for step in decode], shapes.change)
+    distance = fit_tail([step.distance for step in decode], shapes.distance)
+    rows = _rows(steps, floor)
+    logs = [math.log(max(step.widest, floor)) for step in steps]
     return PhaseBand(
         change=_scaled(change, scale), distance=_scaled(distance, scale), level=float(np.mean(logs)),
-        sd=_within(steps, rows), kl=float(np.mean([step.kl for step in steps])),
+        sd=_within(steps, rows, floor), kl=float(np.mean([step.kl for step in steps])),
         forced=float(np.mean([step.change for step in steps])),
         agreement=float(np.mean([step.same_best for step in steps])), n=len(steps), rows=rows, curve=_curve(steps),
     )  # fmt: skip
@@ -87,28 +96,24 @@ def _scaled(tail, scale: float):
     return tail.model_copy(update={"threshold": tail.threshold * scale, "excess": tail.excess * scale})
 
 
-def _distance(step: StepChange) -> float:
-    return math.sqrt(2 * step.kl)
-
-
-def _by_row(steps: Iterable[StepChange]) -> dict[tuple[str, int], list[float]]:
+def _by_row(steps: Iterable[StepChange], floor: float) -> dict[tuple[str, int], list[float]]:
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for step in steps:
-        found[step.prompt, step.bin].append(math.log(max(step.widest, FLOOR)))
+        found[step.prompt, step.bin].append(math.log(max(step.widest, floor)))
     return found
 
 
-def _rows(steps: Iterable[StepChange]) -> tuple[Row, ...]:
+def _rows(steps: Iterable[StepChange], floor: float) -> tuple[Row, ...]:
     return tuple(
         Row(prompt=prompt, bin=bin_, mean=float(np.mean(logs)), n=len(logs))
-        for (prompt, bin_), logs in _by_row(steps).items()
+        for (prompt, bin_), logs in _by_row(steps, floor).items()
     )
 
 
-def _within(steps: Iterable[StepChange], rows: Sequence[Row]) -> float:
+def _within(steps: Iterable[StepChange], rows: Sequence[Row], floor: float) -> float:
     """Standard deviation of log changes around the mean of their row."""
     squares, degrees = 0.0, 0
-    for logs in _by_row(steps).values():
+    for logs in _by_row(steps, floor).values():
         squares += float(np.sum((np.array(logs) - np.mean(logs)) ** 2))
         degrees += len(logs) - 1
     if not degrees:  # one step a row: around the mean of all

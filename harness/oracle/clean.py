@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from harness.oracle.band import Band, spread_of
-from harness.oracle.calibrate import FLOOR, NullPair, calibrate
+from harness.oracle.band import Band, measured_elsewhere
+from harness.oracle.calibrate import RESOLUTION, NullPair, calibrate
 from harness.oracle.compare import Comparison, compare
 from harness.oracle.saved import Saved, pairs
 
@@ -21,7 +21,7 @@ class Clean(NamedTuple):
     @property
     def identical(self) -> bool:
         """No step changed at all: nothing was put to the test."""
-        return all(step.widest <= FLOOR for step in self.found.steps)
+        return all(step.widest <= RESOLUTION for step in self.found.steps)
 
 
 def clean_comparisons(saved: Sequence[Saved]) -> Iterator[Clean]:
@@ -52,7 +52,8 @@ def _nulls(first: Saved, partners: Sequence[Saved]) -> list[Saved]:
 def _band(first: Saved, partner: Saved) -> Band | None:
     model = f"recipe:{first.model}"
     pair = NullPair("tp size", first.transcript, partner.transcript)
+    spread, shapes = measured_elsewhere(first.transcript.dtype, model)
     try:
-        return calibrate([pair], name="of another pair", model=model, spread=spread_of(first.transcript.dtype, model))
+        return calibrate([pair], name="of another pair", model=model, spread=spread, shapes=shapes)
     except ValueError:
         return None

@@ -46,6 +46,11 @@ class StepChange(NamedTuple):
         return self.step == 0
 
     @property
+    def distance(self) -> float:
+        """sqrt(2 KL): a change in nats, as `widest` is, weighted by probability."""
+        return math.sqrt(2 * self.kl)
+
+    @property
     def bin(self) -> int:
         return position_bin(self.position)
 

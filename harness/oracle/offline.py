@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.oracle.band import RUN_RATE, Band, shipped, spread_of
+from harness.oracle.band import RUN_RATE, Band, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.oracle.judge import Judgement, judge
 from harness.result import Statistic
@@ -99,8 +99,10 @@ def _band(options: argparse.Namespace, baseline: Transcript) -> Band:
     model = options.model or _model(baseline.cell_id)
     if options.null:
         pairs = [NullPair("given", baseline, _read(path)) for path in options.null]
-        return calibrate(pairs, name="measured now", model=model, spread=spread_of(baseline.dtype, model))
-    beside = options.baseline.resolve().parents[2] / "bands" / f"{baseline.cell_key}.json"
+        spread, shapes = measured_elsewhere(baseline.dtype, model)
+        return calibrate(pairs, name="measured now", model=model, spread=spread, shapes=shapes)
+    above = options.baseline.resolve().parents
+    beside = above[min(2, len(above) - 1)] / "bands" / f"{baseline.cell_key}.json"
     if beside.is_file():
         return Band.load(beside)
     try:

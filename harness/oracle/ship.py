@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.oracle.band import SHIPPED, UNMEASURED, Band, Source, Spread, kind_of
-from harness.oracle.calibrate import NullPair, calibrate
+from harness.oracle.band import SHIPPED, UNMEASURED, Band, Shapes, Source, Spread, kind_of
+from harness.oracle.calibrate import RESOLUTION, NullPair, calibrate
 from harness.oracle.clean import Clean, clean_comparisons
-from harness.oracle.compare import StepChange
+from harness.oracle.compare import StepChange, compare
 from harness.oracle.measure import LEAST_GROUP, log_ratio
 from harness.oracle.saved import Saved, find, pairs
+from harness.oracle.statistics import fit_shape
 
 COMMAND = "python -m harness.oracle.ship"
 LEAST_PAIRS = 4  # of servers, for a spread
@@ -37,11 +38,23 @@ def measured(saved: Sequence[Saved]) -> list[Band]:
         of_dtype = [spread for (other, _), spread in spreads.items() if other == dtype]
         widest = max(of_dtype, key=lambda spread: spread.cell, default=UNMEASURED)
         spread = spreads.get((dtype, kind), widest)
-        band = calibrate(some, name=f"shipped for {dtype}, {kind} models", model=f"kind {kind}", spread=spread)
+        name = f"shipped for {dtype}, {kind} models"
+        band = calibrate(some, name=name, model=f"kind {kind}", spread=spread, shapes=shapes_among(some))
         bare = {"rows": (), "curve": ()}
         phases = {name: getattr(band, name).model_copy(update=bare) for name in ("prefill", "decode")}
         bands.append(band.model_copy(update={"workload_key": "", "sources": _merged(band.sources), **phases}))
     return bands
+
+
+def shapes_among(some: Sequence[NullPair]) -> Shapes:
+    """Shapes of the tails of decode over all pairs in which something was reordered."""
+    changes, distances = [], []
+    for _, baseline, candidate in some:
+        decode = [step for step in compare(baseline, candidate).steps if not step.prefill]
+        if sum(step.widest <= RESOLUTION for step in decode) < len(decode) / 2:
+            changes.append([step.widest for step in decode])
+            distances.append([step.distance for step in decode])
+    return Shapes(change=fit_shape(changes).cautious, distance=fit_shape(distances).cautious)
 
 
 def _merged(sources: Sequence[Source]) -> tuple[Source, ...]:
@@ -102,8 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         change, spread = band.decode.change, band.spread
         print(
             f"{path.name}: {len(band.sources)} pairs, {band.decode.n} decode steps; 99.9 % point of a step "
-            f"{change.point(1e-3):.2g} nat, of the largest of 1,000 {change.bound(1e-3, 1000):.2g} nat; spread of "
-            f"loudness {spread.cell:.2f}, of groups {spread.group:.2f}, degrees of freedom {spread.degrees}"
+            f"{change.point(1e-3):.2g} nat, of the largest of 1,000 {change.bound(1e-3, 1000):.2g} nat; shapes "
+            f"{band.shapes.change:.2f} and {band.shapes.distance:.2f}; spread of loudness {spread.cell:.2f}, of groups "
+            f"{spread.group:.2f}, degrees of freedom {spread.degrees}"
         )
     return 0
 

@@ -19,8 +19,8 @@ LEAST_EXCEEDANCES = 5  # fewer say nothing about a tail
 class Tail(Frozen):
     """The upper tail of a null: `share` of its `n` values lie above `threshold`, by `excess` on average.
 
-    Beyond the threshold the values are taken as generalised Pareto with `shape` (0: exponential). Measured shapes of
-    rounding noise are negative, which is a lighter tail; 0 is used, which is wider.
+    Beyond the threshold the values are taken as generalised Pareto with `shape`: 0 is exponential, below 0 is lighter,
+    above 0 heavier. 0 where no shape was measured; rounding noise of one scale has shapes at or below 0.
     """
 
     threshold: float
@@ -32,13 +32,17 @@ class Tail(Frozen):
     def point(self, rate: float) -> float:
         """The value that one null step exceeds with probability `rate`, the tail's own uncertainty included.
 
-        Exceedances that are exponential with a mean estimated from m of them are, for the next one, Lomax with index m
-        (the predictive distribution); that is a generalised Pareto with shape 1/m. So few null steps give a wide band.
+        If exceedances are exponential, with a mean estimated from m of them, the next one is Lomax with index m (the
+        predictive distribution): a generalised Pareto with shape 1/m. So 1/m is added to the shape, and a null of few
+        steps gives a wide band.
         """
         if rate >= self.share:
             return self.threshold
-        shape = max(self.shape, 0.0) + 1.0 / max(1.0, self.share * self.n)
-        return self.threshold + self.excess * math.expm1(shape * math.log(self.share / rate)) / shape
+        shape = self.shape + 1.0 / max(1.0, self.share * self.n)
+        log = math.log(self.share / rate)
+        far = math.expm1(shape * log) / shape if abs(shape) > 1e-12 else log
+        # A generalised Pareto with mean e has scale e (1 - shape).
+        return self.threshold + self.excess * (1.0 - self.shape) * far
 
     def bound(self, rate: float, steps: int) -> float:
         """The value that the largest of `steps` null steps exceeds with probability at most `rate`."""
@@ -57,6 +61,35 @@ def fit_tail(values: Sequence[float], shape: float = 0.0, share: float = TAIL_SH
     threshold = float(found[-above - 1])
     excess = float(np.mean(found[-above:] - threshold))
     return Tail(threshold=threshold, share=above / len(found), excess=excess, shape=shape, n=len(found))
+
+
+class Shape(NamedTuple):
+    """A tail's shape, its standard error, and the number of exceedances that it was fitted to."""
+
+    shape: float
+    error: float
+    n: int
+
+    @property
+    def cautious(self) -> float:
+        """Two standard errors on the heavy side, and never lighter than exponential.
+
+        A lighter tail would be true of the pairs that it was fitted to. The next pair of right servers is as a whole a
+        tenth louder or quieter, and a light tail has no room for that: tried, it alarmed several times too often.
+        """
+        return max(0.0, self.shape + 2 * self.error)
+
+
+def fit_shape(samples: Sequence[Sequence[float]], share: float = TAIL_SHARE) -> Shape:
+    """The common shape of the tails of `samples`, each scaled by its own threshold. Maximum likelihood."""
+    found = []
+    for values in samples:
+        tail = fit_tail(values, share=share)
+        exceedances = np.asarray(values, dtype=float) - tail.threshold
+        found.append(exceedances[exceedances > 0] / tail.excess)
+    together = np.concatenate(found)
+    shape = float(stats.genpareto.fit(together, floc=0)[0])
+    return Shape(shape, abs(1 + shape) / math.sqrt(len(together)), len(together))
 
 
 class Level(NamedTuple):

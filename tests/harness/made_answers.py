@@ -50,7 +50,7 @@ def server(
             Answer(prompt=name, kind=kind, prompt_length=length, batch=batch, forced=forced, steps=tuple(steps))
         )
     return Transcript(
-        cell_id=cell, cell_key=f"{cell}-{seed}", workload_key=workload, dtype=dtype, vocab_size=VOCAB, top_k=TOP_K,
+        cell_id=cell, cell_key=f"made-{seed}", workload_key=workload, dtype=dtype, vocab_size=VOCAB, top_k=TOP_K,
         answers=tuple(answers),
     )  # fmt: skip
 

@@ -235,7 +235,7 @@ def test_a_run_goes_from_tp1_up_and_forces_only_what_can_be_forced(tmp_path, job
     assert [result.verdict for result in found] == [Verdict.PASS] * 3
     assert [result.baseline_id for result in found] == [None, reference.id, base.id]
     assert found[0].statistics == () and found[1].statistics[0].name == "missing answers"
-    assert found[1].reason.endswith("against TP1, 2 steps agree; largest logprob change 0 nat, bound 4.9e-05")
+    assert "against TP1, 2 steps agree; largest logprob change 0 nat, bound" in found[1].reason
 
 
 def test_a_baseline_that_differs_from_tp1_is_no_reference(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 from made_answers import PROMPTS, server
 
-from harness.oracle.band import UNMEASURED, Band, kind_of, shipped, spread_of
+from harness.oracle.band import EXPONENTIAL, UNMEASURED, Band, kind_of, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.oracle.compare import bin_ends, bin_name, place_name, position_bin
 
@@ -105,7 +105,8 @@ def test_shipped_bands_are_of_the_size_of_their_dtype(dtype, low, high):
 def test_kinds_of_models():
     assert kind_of("recipe:llama-k4") == "made" and kind_of("recipe:qwen3-retrieve-k4") == "retrieve"
     assert kind_of("nvidia/Llama-3.1-Nemotron-Nano-8B-v1") == "hub"
-    assert spread_of("float8", "recipe:llama-k4") is UNMEASURED
+    assert measured_elsewhere("float8", "recipe:llama-k4") == (UNMEASURED, EXPONENTIAL)
+    assert measured_elsewhere("float32", "recipe:llama-k4")[0].degrees > 5
 
 
 def test_positions_and_places_by_hand():

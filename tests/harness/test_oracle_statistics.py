@@ -8,9 +8,11 @@ from scipy import stats
 
 from harness.oracle.statistics import (
     Interval,
+    Shape,
     Tail,
     bootstrap_interval,
     exact_interval,
+    fit_shape,
     fit_tail,
     level,
     level_bound,
@@ -30,16 +32,31 @@ def test_an_exponential_tail_by_hand():
     assert KNOWN.bound(0.05, 50) == KNOWN.point(1e-3)
 
 
-@pytest.mark.parametrize("shape", [0.1, 0.3])
-def test_a_heavy_tail_is_scipys_generalised_pareto(shape):
+@pytest.mark.parametrize("shape", [-0.2, 0.1, 0.3])
+def test_a_tail_is_scipys_generalised_pareto(shape):
     tail = KNOWN.model_copy(update={"shape": shape})
     for rate in (1e-2, 1e-4, 1e-7):
-        wanted = 2.0 + stats.genpareto.isf(rate / 0.1, shape, scale=0.5)
+        wanted = 2.0 + stats.genpareto.isf(rate / 0.1, shape, scale=0.5 * (1 - shape))  # mean scale / (1 - shape)
         assert tail.point(rate) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_light_tail_is_taken_as_exponential():
-    assert KNOWN.model_copy(update={"shape": -0.3}).point(1e-5) == KNOWN.point(1e-5)
+@pytest.mark.parametrize("shape", [-0.2, 0.0, 0.25])
+def test_a_shape_is_found_across_samples_of_different_size(shape):
+    random = np.random.Generator(np.random.PCG64(5))
+    samples = [
+        scale * (10 + stats.genpareto.rvs(shape, size=400, random_state=random))
+        for scale in (1e-5, 1.0)
+        for _ in "1234"
+    ]
+    found = fit_shape(samples, share=0.5)
+    assert found.n == 8 * 200
+    assert abs(found.shape - shape) < 4 * found.error < 0.15
+    assert found.cautious >= max(0.0, found.shape)
+
+
+def test_a_light_shape_is_not_made_use_of():
+    assert Shape(-0.3, 0.05, 100).cautious == 0.0
+    assert Shape(0.1, 0.05, 100).cautious == pytest.approx(0.2)
 
 
 def test_few_exceedances_widen_the_tail_as_their_predictive_distribution_says():
