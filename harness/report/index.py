@@ -1,28 +1,50 @@
 """The index over runs: `reports/index.html`, over committed evidence and local runs."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 from harness import ledger
 from harness.frozen import Frozen
+from harness.report.history import History, Track, find_runs, tracks
 from harness.report.page import headline, lede
 from harness.report.run import Run, load
-from harness.report.template import environment
-from harness.report.text import legal
+from harness.report.template import asset, environment, script_hash
+from harness.report.text import clean, fragment, legal
 from harness.verdict import Verdict
+
+#: Runs and cells of the grid of what changed.
+_COLUMNS, _ROWS = 20, 60
 
 
 class Line(Frozen):
-    """One run in the index."""
+    """One run in the index; also evidence of another kind, which has a README and no ledger."""
 
     name: str
     href: str  # empty: the run has no page yet
-    started: str
-    hardware: tuple[str, ...]
+    started: str = ""
+    hardware: tuple[str, ...] = ()
     headline: str
-    lede: str
-    counts: tuple[tuple[Verdict, int], ...]
-    exit_status: int | None
-    left_out: int
+    lede: str = ""
+    counts: tuple[tuple[Verdict, int], ...] = ()
+    exit_status: int | None = None
+    left_out: int = 0
+
+
+class Mark(Frozen):
+    """One cell in one run of the grid."""
+
+    verdict: Verdict
+    href: str
+    run: str
+
+
+class Changed(Frozen):
+    """A cell whose verdict changed, or that is bad now, over the grid's runs; None: the run had no such cell."""
+
+    id: str
+    marks: tuple[Mark | None, ...]
+    first_bad: str
+    last_good: str
 
 
 def index(reports_dir: Path) -> Path:
@@ -30,24 +52,38 @@ def index(reports_dir: Path) -> Path:
     committed = _lines(reports_dir, reports_dir)
     local = _lines(reports_dir / "runs", reports_dir)
     sections = [("Committed evidence", committed), ("Runs on this machine", local)]
-    text = legal(environment().get_template("index.html.j2").render(sections=sections))
+    found = tracks(find_runs(reports_dir))
+    hrefs = [_href(run.folder, reports_dir) for run in found.runs]
+    grid = _grid(found, hrefs)
+    script = asset("index.js")
+    text = environment().get_template("index.html.j2").render(
+        sections=sections,
+        runs=[(run.name, href) for run, href in zip(found.runs, hrefs, strict=True)][-_COLUMNS:],
+        grid=grid[:_ROWS],
+        more=max(0, len(grid) - _ROWS),
+        script=script,
+        script_hash=script_hash(script),
+    )  # fmt: skip
     scratch = reports_dir / ".index.html.tmp"
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(legal(text), encoding="utf-8")
     return scratch.replace(reports_dir / "index.html")
 
 
 def _lines(folder: Path, root: Path) -> list[Line]:
-    found = [_line(path.parent, root) for path in folder.glob(f"*/{ledger.NAME}")]
-    return sorted(found, key=lambda line: (line.started, line.name), reverse=True)
+    folders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    found = [_line(path, root) for path in folders if ledger.find(path).is_file()]
+    found += [
+        _other(path, root) for path in folders if not ledger.find(path).is_file() and (path / "README.md").is_file()
+    ]
+    return sorted(found, key=lambda line: (line.started or line.name, line.name), reverse=True)
 
 
 def _line(run_dir: Path, root: Path) -> Line:
     run: Run = load(run_dir)
     counts = {verdict: sum(result.verdict is verdict for result in run.results) for verdict in Verdict}
-    has_page = (run_dir / "index.html").exists()
     return Line(
-        name=run.name,
-        href=(run_dir / "index.html").relative_to(root).as_posix() if has_page else "",
+        name=run_dir.name,
+        href=_href(run_dir, root),
         started=run.started,
         hardware=run.hardware,
         headline=headline(run),
@@ -55,4 +91,46 @@ def _line(run_dir: Path, root: Path) -> Line:
         counts=tuple((verdict, count) for verdict, count in counts.items() if count),
         exit_status=run.exit_status if run.results else None,
         left_out=len(run.left_out) + len(run.unfinished),
+    )
+
+
+def _other(folder: Path, root: Path) -> Line:
+    """Evidence without a ledger, by the heading of its README."""
+    text = (folder / "README.md").read_text(errors="replace")
+    title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+    href = quote((folder / "README.md").relative_to(root).as_posix())
+    return Line(name=folder.name, href=href, headline=clean(title))
+
+
+def _href(run_dir: Path, root: Path) -> str:
+    """The run's page as seen from the index; empty where it has none."""
+    page = run_dir / "index.html"
+    return quote(page.relative_to(root).as_posix()) if page.exists() else ""
+
+
+def _grid(found: History, hrefs: list[str]) -> list[Changed]:
+    """The cells whose verdict changed, or that are bad now; those that are bad first."""
+    first = max(0, len(found.runs) - _COLUMNS)
+    chosen = [track for track in found.tracks.values() if track.changed or track.first_bad is not None]
+    return [_changed(track, found, hrefs, first) for track in chosen] if len(found.runs) > 1 else []
+
+
+def _changed(track: Track, found: History, hrefs: list[str], first: int) -> Changed:
+    by_place = dict(track.verdicts)
+    address = fragment(cell=track.id)
+
+    def mark(place: int) -> Mark | None:
+        if place not in by_place:
+            return None
+        href = f"{hrefs[place]}#{address}" if hrefs[place] else ""
+        return Mark(verdict=by_place[place], href=href, run=found.runs[place].name)
+
+    def named(place: int | None) -> str:
+        return "" if place is None else found.runs[place].name
+
+    return Changed(
+        id=track.id,
+        marks=tuple(mark(place) for place in range(first, len(found.runs))),
+        first_bad=named(track.first_bad),
+        last_good=named(track.last_good),
     )

@@ -62,7 +62,7 @@ def history_main(argv: Sequence[str]) -> int:
     if options.cell and not chosen:
         return _complain(f"no cell of {plural(len(found.runs), 'run')} matches {options.cell!r}")
     if options.format == "json":
-        names = [run.header.run for run in found.runs]
+        names = [run.name for run in found.runs]
         print(json.dumps({"runs": names, "cells": [track.model_dump(mode="json") for track in chosen]}, indent=2))
         return 0
     print("\n".join(_history_lines(found, chosen)))
@@ -93,7 +93,7 @@ def find(name: str, runs: Sequence[Stored], after: Stored | None = None) -> Stor
     if name == "previous" and after is not None:
         if found := previous(runs, after.folder):
             return found
-        raise NoSuchRun(f"no earlier run judged a cell of {after.header.run}; name the run to compare with")
+        raise NoSuchRun(f"no earlier run judged a cell of {after.name}; name the run to compare with")
     path = Path(name)
     folder = path.parent if path.name in (ledger.NAME, ledger.PACKED) else path
     if ledger.find(folder).is_file():
@@ -150,7 +150,7 @@ def _move_lines(move: Move) -> list[str]:
 
 
 def _history_lines(found: History, chosen: list) -> list[str]:
-    names = [clean(run.header.run) for run in found.runs]
+    names = [clean(run.name) for run in found.runs]
     lines = [f"{place:>3}  {name}" for place, name in enumerate(names, start=1)]
     if not chosen:
         return [*lines, "", f"No verdict changed in {plural(len(names), 'run')}."]
@@ -166,7 +166,7 @@ def _history_lines(found: History, chosen: list) -> list[str]:
 
 
 def _named(run: Stored) -> str:
-    return clean(run.header.run) + (f" ({clean(run.header.started[:16])})" if run.header.started else "")
+    return clean(run.name) + (f" ({clean(run.header.started[:16])})" if run.header.started else "")
 
 
 def _as_json(found: Comparison) -> dict:
@@ -176,8 +176,8 @@ def _as_json(found: Comparison) -> dict:
         return value.model_dump(mode="json")
 
     return {
-        "before": found.before.header.run,
-        "after": found.after.header.run,
+        "before": found.before.name,
+        "after": found.after.name,
         "sentence": found.sentence,
         "movers": [short(one) for one in found.movers],
         "numbers": [short(one) for one in found.numbers],

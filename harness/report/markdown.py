@@ -39,7 +39,7 @@ def summary(run: Run, table: pd.DataFrame, since: Comparison | None = None) -> s
 
 def changes(found: Comparison, most: int | None = _LISTED) -> str:
     """What changed between two runs: the sentence, then the movers, at most `most` in each direction."""
-    lines = [f"### Since {plain(found.before.header.run)}: {plain(found.sentence)}", ""]
+    lines = [f"### Since {plain(found.before.name)}: {plain(found.sentence)}", ""]
     for direction, title in TITLES.items():
         moves = found.of(direction)[:most]
         lines += [f"**{title}**", ""] if moves else []

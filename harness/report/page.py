@@ -99,9 +99,9 @@ def _changes(past: Past) -> list[tuple[str, str, Markup, str]]:
     found = []
     for one in past.changes:
         html = template.render(c=one, few=_NEWS, many=200)
-        header = one.before.header
-        label = f"{header.run}, {header.started[:10]}" if header.started else header.run
-        found.append((label, header.run, Markup("") if found else Markup(html), packed(html) if found else ""))
+        name, day = one.before.name, one.before.header.started[:10]
+        label = name if not day or day.replace("-", "") in name.replace("-", "") else f"{name}, {day}"
+        found.append((label, name, Markup("") if found else Markup(html), packed(html) if found else ""))
     return found
 
 

@@ -82,7 +82,7 @@ def _cells(runs: list[Stored], here: Stored) -> dict[str, CellPast]:
         seen = {
             place: Seen(
                 verdict=verdict,
-                run=runs[place].header.run,
+                run=runs[place].name,
                 started=runs[place].header.started,
                 href=f"{pages[place]}#{address}" if pages[place] else "",
             )

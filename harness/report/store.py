@@ -44,6 +44,11 @@ class Stored(Frozen):
     file: Path
     header: Header
 
+    @property
+    def name(self) -> str:
+        """What people call it: its folder, which for committed evidence is not the run's own name."""
+        return self.folder.name
+
 
 def parquet(run: Run, table: pd.DataFrame, digest: str) -> bytes:
     """`table` as a Parquet file whose metadata holds the `Header`."""

@@ -33,6 +33,17 @@ def hostile_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sequence_dir(tmp_path_factory):
+    """The last of three runs, drawn with the two before it; its reports folder has an index."""
+    reports = tmp_path_factory.mktemp("reports")
+    last = examples.sequence(reports)
+    for run in sorted((reports / "runs").iterdir()):
+        report.write(run)
+    report.index(reports)
+    return last
+
+
+@pytest.fixture(scope="session")
 def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium on this host")
@@ -44,3 +55,29 @@ def browser():
         )
         yield found
         found.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """visit(folder, hash) -> page; any network request, script error or console error fails the test."""
+    contexts, problems = [], []
+
+    def open_page(folder, fragment_="", width=1400, height=900, scheme="light", path="index.html", **more):
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **more)
+        contexts.append(context)
+        page = context.new_page()
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith("file:") or request.url.startswith("data:") or problems.append(request.url)
+            ),
+        )
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.goto(f"file://{folder}/{path}{'#' + fragment_ if fragment_ else ''}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []

@@ -1,40 +1,19 @@
 """The page in real Chromium: filters, deep links, hostile text, packed bodies, narrow and wide screens."""
 
+import re
+from collections import Counter
+
 import examples
 import pytest
 from playwright.sync_api import expect
 
 from harness import report
+from harness.report.square import column_of
 from harness.report.text import fragment
+from harness.verdict import Verdict
 
 pytestmark = pytest.mark.browser
 FAILED = next(one.cell.id for one in examples.results() if one.verdict == "fail")
-
-
-@pytest.fixture
-def visit(browser):
-    """visit(folder, hash) -> page; any network request, script error or console error fails the test."""
-    contexts, problems = [], []
-
-    def open_page(folder, fragment_="", width=1400, height=900, scheme="light", path="index.html"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith("file:") or request.url.startswith("data:") or problems.append(request.url)
-            ),
-        )
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
-        page.goto(f"file://{folder}/{path}{'#' + fragment_ if fragment_ else ''}")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
 
 
 def test_a_square_leads_to_its_cells(visit, run_dir):
@@ -103,12 +82,162 @@ def test_packed_bodies_open(visit, tmp_path):
     assert page.evaluate("window.pwned") is None
 
 
-@pytest.mark.parametrize("width", [380, 1600])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_sticks_out(visit, run_dir, width, scheme):
-    page = visit(run_dir, fragment(cell=FAILED), width=width, scheme=scheme)
-    expect(page.locator("details.cell[open]")).to_have_count(1)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
+def test_the_matrix_in_the_browser_equals_the_ledger(visit, run_dir):
+    """Every square's words, by accessible table cells, against a count of the ledger's own records."""
+    page = visit(run_dir)
+    shown = page.evaluate("""() => [...document.querySelectorAll("table.squares[data-by=backend]")].flatMap((table) => {
+      const hardware = [...table.tHead.rows[0].cells].slice(1).map((cell) => cell.firstChild.textContent);
+      const modes = [...table.tHead.rows[1].cells].map((cell) => cell.innerText);
+      return [...table.tBodies[0].rows].flatMap((row) => [...row.cells].slice(1).map((cell, place) => [
+        table.dataset.kind, row.cells[0].textContent, hardware[Math.floor(place / 3)], modes[place],
+        cell.querySelector(".verdict")?.innerText, cell.querySelector(".count")?.innerText])).filter((one) => one[4]);
+    })""")
+    ledger = {}
+    for one in examples.results():
+        if not one.cell.fault:
+            kind = "MLA" if "MLA" in one.cell.backend else "GQA"
+            place = (kind, one.cell.backend, one.cell.hardware, column_of(one.cell))
+            ledger.setdefault(place, []).append(one.verdict)
+    assert {tuple(found[:4]) for found in shown} == set(ledger)
+    for *place, verdict, count in shown:
+        behind = ledger[tuple(place)]
+        assert verdict in behind
+        assert count.split(":")[0] == f"{len(behind)} cell{'s' if len(behind) > 1 else ''}"
+        said = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", count.partition(":")[2])}
+        assert said in ({}, dict(Counter(map(str, behind))))
+
+
+def test_first_paint_says_what_changed_and_shouts_xpass(visit, sequence_dir):
+    page = visit(sequence_dir, width=1600, height=1000)
+    expect(page.locator("h1")).to_be_in_viewport()
+    expect(page.locator(".shout")).to_be_in_viewport()
+    expect(page.locator(".shout h2")).to_have_text("XPASS: a known limitation is gone. Update the declared table.")
+    expect(page.locator(".comparison .sum")).to_have_text(
+        "1 known limitation gone, 1 could no longer be judged; 22 as before."
+    )
+    expect(page.locator(".comparison .sum")).to_be_in_viewport()
+    expect(page.locator("#news")).to_be_in_viewport()
+    expect(page.locator("table.squares thead").first).to_be_in_viewport()
+
+
+def test_another_run_is_compared_in_the_page_and_kept_in_the_address(visit, sequence_dir):
+    page = visit(sequence_dir)
+    page.select_option("select.against", "2026-11-21-smoke")
+    moves = page.locator(".comparison .moves").first.locator("li")
+    expect(moves).to_have_count(4)
+    assert moves.locator(".fromto").all_inner_texts() == [
+        "pass\n→\nbecame\nfail", "pass\n→\nbecame\nflaky", "pass\n→\nbecame\nunproven", "xfail\n→\nbecame\nxpass",
+    ]  # fmt: skip
+    assert "against=2026-11-21-smoke" in page.url
+    again = visit(sequence_dir, page.url.split("#")[1])
+    expect(again.locator(".comparison .sum")).to_contain_text("3 worse, 1 known limitation gone, 1 better")
+    again.select_option("select.against", "2026-11-22-smoke")
+    expect(again.locator(".comparison .sum")).to_contain_text("22 as before")
+    again.click(".comparison .moves a")
+    expect(again.locator("details.cell[open]")).to_have_attribute("data-verdict", "xpass")
+
+
+def test_a_deep_link_survives_a_new_run_and_a_cell_shows_its_past(visit, sequence_dir):
+    address = fragment(cell=FAILED)
+    first = visit(sequence_dir.parent / "2026-11-21-smoke", address)
+    expect(first.locator("details.cell[open] summary .verdict")).to_have_text("pass")
+    last = visit(sequence_dir, address)
+    opened = last.locator("details.cell[open]")
+    expect(opened.locator("summary .verdict")).to_have_text("fail")
+    expect(opened.locator(".good-bad")).to_have_text("First bad: 2026-11-22-smoke. Last good: 2026-11-21-smoke.")
+    opened.locator(".past a").first.click()
+    expect(last.locator("h1")).to_have_text("2 cells differ from what is declared")
+    expect(last.locator("details.cell[open] summary .verdict")).to_have_text("pass")
+
+
+def test_sorting_is_in_the_address_and_goes_back(visit, run_dir):
+    page = visit(run_dir)
+    before = page.locator("details.cell").evaluate_all("cells => cells.map((cell) => cell.dataset.id)")
+    page.select_option("[name=sort]", "verdict")
+    words = page.locator("details.cell:visible summary .verdict").all_text_contents()
+    # a rejection that nobody declared differs; declared ones come after every pass
+    assert words[:6] == ["fail", "flaky", "rejected", "unproven", "xpass", "error"]
+    assert words[-7:] == ["stale", *["skip"] * 6]
+    expect(page.locator("details.cell:visible .place").first).to_have_text("FLASH_ATTN · Helix · hopper")
+    page.select_option("[name=verdict]", "pass")
+    again = visit(run_dir, page.url.split("#")[1])
+    expect(again.locator("output")).to_have_text("14 of 32 cells")
+    again.select_option("[name=sort]", "kv")
+    ratios = again.locator("details.cell:visible").evaluate_all(
+        "all => all.map((one) => one.dataset.order.split(' ')[1])"
+    )
+    known = [float(ratio) for ratio in ratios if ratio != "-"]
+    assert known == sorted(known) and ratios[len(known) :] == ["-"] * (len(ratios) - len(known))
+    again.click("button[type=reset]")
+    after = again.locator("details.cell").evaluate_all("cells => cells.map((cell) => cell.dataset.id)")
+    assert after == before
+
+
+def test_headings_stick_while_their_rows_are_read(visit, run_dir):
+    page = visit(run_dir, height=500)
+    heading = page.locator("h3", has_text="CPU_ATTN · Helix · cpu")
+    heading.scroll_into_view_if_needed()
+    page.locator("section.group").filter(has=heading).locator("details.cell").last.scroll_into_view_if_needed()
+    bar, head = page.locator("form.filter").bounding_box(), heading.bounding_box()
+    assert bar["y"] == 0 and head["y"] == pytest.approx(bar["height"], abs=1)
+    matrix = page.locator(".matrix .wide").nth(1)
+    matrix.evaluate("box => box.scrollTo(0, 9999)")
+    top, head = matrix.bounding_box(), matrix.locator("thead").bounding_box()
+    assert head["y"] == pytest.approx(top["y"], abs=1)
+
+
+def test_planted_differences_and_numbers_are_drawn(visit, run_dir):
+    page = visit(run_dir, fragment(cell=FAILED))
+    body = page.locator("details.cell[open] .body")
+    curve = body.locator("svg.plot").first
+    expect(curve).to_have_attribute(
+        "aria-label",
+        "KL of decode by position, 5 ranges. Worst step 6e-05 nat, at positions 1024 to 4095, where the null band ends "
+        "at 1e-05 nat",
+    )
+    assert curve.locator(".miss.beyond").count() == 5 and curve.locator(".band").count() == 5
+    expect(body.locator("table.step caption").first).to_contain_text("the best tokens differ, first here")
+    first = body.locator("table.step").first.locator("tbody tr").first
+    assert first.locator("td").all_inner_texts() == ["271", "-0.8123", "198", "-0.6100", "+0.5940"]
+    times = body.locator("table.phases tbody tr").nth(1).locator("th, td").all_inner_texts()
+    assert times[:3] == ["start", "29.4 s", "29.4 s"]
+    expect(body.get_by_text("2.00 × the baseline's")).to_be_visible()
+    expect(body.get_by_text("./test_helix.sh --cell")).to_be_visible()
+
+
+def test_hostile_text_in_comparisons_and_index_is_text(visit, tmp_path):
+    hostile = examples.hostile()
+    for day, verdict in (("20", "xfail"), ("21", "pass"), ("22", "xpass")):
+        found = [hostile.model_copy(update={"verdict": Verdict(verdict), "declared": Verdict.XFAIL})]
+        folder = tmp_path / "runs" / f"{day}'><img src=x onerror=pwned=1>"
+        report.write(examples.write_ledger(folder, found, name=examples.HOSTILE, started=f"2026-11-{day}"))
+    report.index(tmp_path)
+    page = visit(folder.as_posix().replace("<", "%3C").replace(">", "%3E"))
+    expect(page.locator(".shout")).to_contain_text("</script>")
+    page.locator("select.against").select_option(index=1)
+    expect(page.locator(".comparison .sum")).to_contain_text("1 known limitation gone")
+    index = visit(tmp_path)
+    expect(index.locator("table.grid tbody tr")).to_have_count(1)
+    for one in (page, index):
+        assert one.evaluate("window.pwned") is None
+        assert one.locator("script").count() == 1 and one.locator("img").count() == 0
+
+
+def test_without_its_script_the_page_still_reads(visit, run_dir):
+    page = visit(run_dir, java_script_enabled=False)
+    expect(page.locator("noscript p")).to_be_visible()
+    assert page.locator("details.cell").count() == len(examples.results())
+    page.locator("details.cell summary").first.click()
+    expect(page.locator("details.cell[open] .body")).to_contain_text("Serve command")
+
+
+def test_the_index_sorts_by_a_column(visit, sequence_dir):
+    page = visit(sequence_dir.parent.parent)
+    names = page.locator("section").nth(1).locator("tbody th")
+    assert names.all_inner_texts() == [examples.NAME, "2026-11-22-smoke", "2026-11-21-smoke"]
+    page.get_by_role("button", name="started").last.press("Enter")
+    assert names.all_inner_texts() == ["2026-11-21-smoke", "2026-11-22-smoke", examples.NAME]
+    expect(page.locator("section").nth(1).locator("th[aria-sort=ascending]")).to_have_text("started")
 
 
 def test_the_index_opens(visit, tmp_path):
