@@ -4,6 +4,7 @@ The list depends only on what baseline and cells share (TP, block size, vocabula
 it covers every KVP that divides TP and every interleave that the suites cross, whichever cell asks.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -18,7 +19,10 @@ Profile = Literal["smoke", "standard"]
 #: Interleave sizes that suites cross; the block size itself is added.
 INTERLEAVES = (1, 16)
 DEFAULT_BLOCK = 128  # vLLM's own on CPU
-LONG = 1000
+#: Lengths of long prompts; the first, or what fits of it, is always asked, and again for a prefix hit.
+LONG = (1000, 9000, 66_000)
+#: The longest prompt where attention is slow, in tokens, by hardware; elsewhere the context is the bound.
+LONGEST = {"cpu": 10_000}
 BOUNDARY_BATCH = 2  # the number of the batch in which boundary prompts go out together
 NEEDLE_BATCH = 3
 ABORT_BATCH = 4
@@ -31,23 +35,30 @@ FIRST_WORD = 4  # below are special tokens
 
 
 class Budget(Frozen):
-    """How much a profile asks: generated tokens of a boundary prompt, of a batched one, of the long decode."""
+    """How much a profile asks: generated tokens of a boundary prompt, of a batched one, of the long decode.
+
+    thorough: the boundary of every rank and of the second round, and prompts longer than the first of LONG.
+    """
 
     boundary: int
     batched: int
     decode: int
     batch_lengths: tuple[int, ...]
     aborts: bool
+    thorough: bool
 
 
 BUDGETS: dict[str, Budget] = {
-    "smoke": Budget(boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257), aborts=False),
+    "smoke": Budget(
+        boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257), aborts=False, thorough=False
+    ),
     "standard": Budget(
         boundary=16,
         batched=32,
         decode=100,
         batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400),
         aborts=True,
+        thorough=True,
     ),
 }
 
@@ -62,6 +73,16 @@ class Workload(Frozen):
     @property
     def key(self) -> str:
         return content_hash(self.model_dump(mode="json"))
+
+    def told(self) -> str:
+        """What is asked, in one line: how many prompts of each kind, how long, how many tokens are generated."""
+        kinds = Counter(prompt.kind for prompt in self.prompts)
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        return (
+            f"workload {self.profile}: {len(self.prompts)} prompts of {min(lengths)} to {max(lengths):,} tokens "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}), "
+            f"{sum(prompt.max_tokens for prompt in self.prompts):,} tokens to generate"
+        )
 
 
 def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
@@ -79,6 +100,7 @@ def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
         profile=profile,
         seed=int(serve.get("seed", 0)),
         retrieves=cell.model if "-retrieve" in cell.model else None,
+        longest=LONGEST.get(cell.hardware),
     )
 
 
@@ -90,8 +112,9 @@ def make_workload(
     profile: str = "standard",
     seed: int = 0,
     retrieves: str | None = None,
+    longest: int | None = None,
 ) -> Workload:
-    """`retrieves` names a recipe that looks things up, which is asked for needles as well.
+    """`retrieves` names a recipe that looks things up, which is asked for needles as well. `longest` bounds prompts.
 
     Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything.
     """
@@ -116,16 +139,19 @@ def make_workload(
     def fits(length: int, tokens: int) -> bool:
         return 0 < length <= max_model_len - tokens
 
-    for length, why in sorted(boundaries(tp, block).items()):
+    for length, why in sorted(boundaries(tp, block, budget.thorough).items()):
         if fits(length, budget.boundary):
             # Short ones go alone, which shows a batch of one; longer ones together, which saves time.
             alone = length <= 2 * tp
             add("boundary", why, length, budget.boundary, batch=0 if alone else BOUNDARY_BATCH)
     add("decode", f"decode of {budget.decode} tokens crosses owners and blocks", 7, budget.decode)
-    long = min(LONG, max_model_len - budget.batched)
+    long = min(LONG[0], max_model_len - budget.batched)
     why = f"{long} tokens: many blocks on every rank, several prefill chunks where chunks are small"
     add("long", why, long, budget.batched, words="long")
     add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.batched, words="long")
+    for length in LONG[1:] if budget.thorough else ():
+        if fits(length, budget.batched) and length <= (longest or length):
+            add("long", f"{length:,} tokens: defects that only long contexts show", length, budget.batched)
     for length in budget.batch_lengths:
         if fits(length, budget.batched):
             why = "one of a full batch of mixed lengths: rows must not read each other's shards"
@@ -166,15 +192,25 @@ def needles(recipe: str, tp: int, seed: int) -> Iterator[tuple[str, tuple[int, .
             yield why, question.tokens, len(question.expected)
 
 
-def boundaries(tp: int, block: int) -> dict[int, str]:
-    """Prompt length -> why, around every place where ownership of tokens changes for some KVP of this TP."""
+def boundaries(tp: int, block: int, thorough: bool = True) -> dict[int, str]:
+    """Prompt length -> why, around every place where ownership of tokens changes for some KVP of this TP.
+
+    A place is where a rank gets its first token (`interleave * r` tokens are before it) and where a round of all ranks
+    is full; with an interleave as large as a block, blocks are. Not `thorough`: the last rank and the first round only.
+    """
     found: dict[int, list[str]] = {}
     for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
+        ranks = range(1, kvp) if thorough else (kvp - 1,)
         for unit in sorted({*INTERLEAVES, block}):
-            for offset in (-1, 0, 1):
-                name = "block" if unit == block else "interleave"
-                where = f"{name} {unit} x KVP {kvp}{offset:+d}" if offset else f"{name} {unit} x KVP {kvp}"
-                found.setdefault(unit * kvp + offset, []).append(where)
+            name = f"{'block' if unit == block else 'interleave'} {unit}"
+            places = {unit * rank: f"{name}, rank {rank} of KVP {kvp} is empty up to here" for rank in ranks}
+            places |= {
+                unit * kvp * k: f"{f'{k} x ' if k > 1 else ''}{name} x KVP {kvp}"
+                for k in ((1, 2) if thorough else (1,))
+            }
+            for place, where in places.items():
+                for offset in (-1, 0, 1):
+                    found.setdefault(place + offset, []).append(f"{where}{offset:+d}" if offset else where)
     if not found:  # TP 1 has no KVP; a few lengths around the block remain
         found = {1: ["one token"], block - 1: ["block-1"], block: ["block"], block + 1: ["block+1"]}
     return {length: "ownership changes here: " + "; ".join(whys) for length, whys in found.items() if length > 0}

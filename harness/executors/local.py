@@ -96,7 +96,7 @@ class LocalExecutor:
                 server.start()
             started = True
             if ask:
-                workload = _workload(cell)
+                workload = workload_for(cell)
                 (folder / "workload.json").write_text(workload.model_dump_json())  # for other engines to answer
                 with _timed("workload", phases):
                     transcript = answer_all(server, cell, workload, dtype_of(cell), follow)
@@ -129,7 +129,8 @@ def _answer_in_other_batches(server: Server, cell: Cell, workload: Workload) -> 
     return answers.model_copy(update={"workload_key": workload.key})
 
 
-def _workload(cell: Cell) -> Workload:
+def workload_for(cell: Cell) -> Workload:
+    """What `cell` is asked. KeyError for an unknown recipe, ValueError where its context is too short."""
     model = shape_of(cell.model)
     return workload_of(cell, model.vocab_size, model.max_position_embeddings)
 

@@ -7,9 +7,13 @@ from harness.workload import NEEDLE_LENGTH, boundaries, make_workload, needles, 
 
 
 def test_boundaries_of_tp4_by_hand():
-    # KVP 2 and 4; units 1, 16 and the block of 32; each -1, 0, +1
-    expected = {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129}
-    assert set(boundaries(4, 32)) == expected
+    # KVP 2 and 4; units 1, 16 and the block of 32; a rank's first token and full rounds; each -1, 0, +1
+    of_1 = {1, 2, 3, 4, 5, 7, 8, 9}  # ranks 1 to 3; 2 and 4, then 4 and 8 are full rounds
+    of_16 = {15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129}
+    of_32 = {95, 96, 97, 255, 256, 257}  # and 32, 64, 128, which are there already
+    assert set(boundaries(4, 32)) == of_1 | of_16 | of_32
+    assert boundaries(4, 32)[48].endswith("interleave 16, rank 3 of KVP 4 is empty up to here")
+    assert "2 x block 32 x KVP 4-1" in boundaries(4, 32)[255]
     assert "interleave 1 x KVP 2+1" in boundaries(4, 32)[3] and "interleave 1 x KVP 4-1" in boundaries(4, 32)[3]
     assert "block 32 x KVP 4" in boundaries(4, 32)[128]
 
@@ -62,7 +66,8 @@ def test_short_boundary_prompts_go_alone_and_longer_ones_together():
     workload = make_workload(tp=2, block=16, vocab=512, max_model_len=2048)
     # KVP 2; units 1 and 16; alone are those up to 2 x TP = 4 tokens
     sent = {len(prompt.token_ids): prompt.batch for prompt in workload.prompts if prompt.kind == "boundary"}
-    assert sent == {1: 0, 2: 0, 3: 0, 31: 2, 32: 2, 33: 2}
+    alone = {1: 0, 2: 0, 3: 0, 4: 0}
+    assert sent == alone | dict.fromkeys((5, 15, 16, 17, 31, 32, 33, 63, 64, 65), 2)
     others = {prompt.kind: prompt.batch for prompt in workload.prompts if prompt.kind != "boundary"}
     assert others == {"decode": 0, "long": 0, "repeat": 0, "batch": 1, "aborted": 4, "neighbour": 4, "reuse": 5}
 
@@ -98,7 +103,8 @@ def test_one_rank_is_asked_what_four_are(profile):
     assert reference.prompts == asked.prompts
     assert reference.key == asked.key and reference.profile == profile
     lengths = {len(prompt.token_ids) for prompt in reference.prompts if prompt.kind == "boundary"}
-    assert lengths == {1, 2, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129}  # KVP 2 and 4, block 32
+    few = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129}
+    assert lengths == few | ({7, 8, 9, 255, 256, 257} if profile == "standard" else set())  # KVP 2 and 4, block 32
     alone = workload_of(one.model_copy(update={"workload": profile}), 512, 32768)
     assert {len(prompt.token_ids) for prompt in alone.prompts if prompt.kind == "boundary"} == {1, 31, 32, 33}
     assert alone.key != asked.key
@@ -142,3 +148,29 @@ def test_only_models_that_retrieve_are_asked_for_needles():
     random = make_workload(tp=4, block=32, vocab=512, max_model_len=2048)
     asked = make_workload(tp=4, block=32, vocab=512, max_model_len=2048, retrieves="recipe:llama-retrieve-k4")
     assert [prompt.kind for prompt in asked.prompts if prompt not in random.prompts] == ["needle"] * 4
+
+
+def test_long_prompts_are_sized_by_context_and_hardware():
+    def longs(profile="standard", **changes) -> list[int]:
+        given = {"tp": 2, "block": 32, "vocab": 512, "max_model_len": 131072, "profile": profile, **changes}
+        return [len(prompt.token_ids) for prompt in make_workload(**given).prompts if prompt.kind == "long"]
+
+    assert longs() == [1000, 9000, 66_000]
+    assert longs(max_model_len=10_000) == [1000, 9000]
+    assert longs(longest=10_000) == [1000, 9000]
+    assert longs(max_model_len=2048) == longs("smoke") == [1000]
+    assert longs(max_model_len=512) == [480]
+    cpu = Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=2)
+    gpu = cpu.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+    assert [max(len(p.token_ids) for p in workload_of(cell, 512, 131072).prompts) for cell in (cpu, gpu)] == [
+        9000,
+        66_000,
+    ]
+
+
+def test_the_choice_is_told_in_a_line():
+    told = make_workload(tp=2, block=32, vocab=512, max_model_len=2048, profile="smoke").told()
+    assert told == (
+        "workload smoke: 23 prompts of 1 to 1,000 tokens (12 boundary, 1 decode, 1 long, 1 repeat, 8 batch), "
+        "328 tokens to generate"
+    )
