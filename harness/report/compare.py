@@ -17,11 +17,9 @@ import math
 from collections.abc import Iterable
 from enum import StrEnum
 
-import duckdb
-
 from harness.frozen import Frozen
 from harness.report.square import severity
-from harness.report.store import Stored
+from harness.report.store import Stored, connect
 from harness.report.text import number, seconds
 from harness.verdict import Effect, Verdict
 
@@ -148,7 +146,7 @@ def standings(run: Stored) -> dict[str, Standing]:
     names = list(Standing.model_fields)
     columns = ", ".join(f'"{name}"' for name in names)  # `column` is a word of SQL
     query = f"SELECT {columns} FROM read_parquet($file)"
-    rows = duckdb.connect().execute(query, {"file": str(run.file)}).fetchall()
+    rows = connect().execute(query, {"file": str(run.file)}).fetchall()
     found = [Standing(**dict(zip(names, row, strict=True))) for row in rows]
     return {one.id: one for one in found}
 

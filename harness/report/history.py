@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness import ledger
 from harness.frozen import Frozen
-from harness.report.store import Stored, stored
+from harness.report.store import Stored, connect, stored
 from harness.verdict import Effect, Verdict
 
 #: A run's cells with `place`, its number among the runs, the oldest first.
@@ -113,7 +113,6 @@ def previous(runs: Sequence[Stored], folder: Path) -> Stored | None:
 def _ask(query: str, runs: Sequence[Stored], **parameters: object) -> duckdb.DuckDBPyConnection:
     """Run `query` over the table `cells` of `runs`, which are oldest first."""
     files, folders = [str(one.file) for one in runs], [str(one.folder) for one in runs]
-    connection = duckdb.connect()
-    connection.execute("SET threads = 2")
+    connection = connect()
     connection.execute(f"CREATE TEMP TABLE cells AS {_CELLS}", {"files": files, "folders": folders})
     return connection.execute(query, parameters)

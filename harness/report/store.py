@@ -8,8 +8,10 @@ import hashlib
 import io
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
+import duckdb
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +50,16 @@ class Stored(Frozen):
     def name(self) -> str:
         """What people call it: its folder, which for committed evidence is not the run's own name."""
         return self.folder.name
+
+
+@cache
+def _database() -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(config={"threads": 2, "autoinstall_known_extensions": False})
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """A connection of its own to this process's empty database: nothing is kept, and nothing is fetched."""
+    return _database().cursor()
 
 
 def parquet(run: Run, table: pd.DataFrame, digest: str) -> bytes:

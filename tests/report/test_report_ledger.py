@@ -3,10 +3,14 @@
 import json
 
 import examples
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from markupsafe import escape
 
 from harness import report
+from harness.report.compare import compare
+from harness.report.history import find_runs
 from harness.report.run import load
 
 PASS = examples.results()[0]
@@ -35,6 +39,31 @@ def test_planned_and_started_cells_without_a_result_are_unfinished(tmp_path):
     assert load(tmp_path).unfinished == ("a/b", "c/d")
     page = report.write(tmp_path).read_text()
     assert "2 planned cells without a result" in page and "<code>c/d</code>" in page
+
+
+def test_attempts_of_a_cell_are_told_in_order(tmp_path):
+    folder = examples.write_ledger(tmp_path, [PASS])
+    with (folder / "ledger.ndjson").open("a") as stream:
+        for number, (verdict, cause) in enumerate([("error", "out of memory"), ("pass", None)], start=1):
+            told = {
+                "id": PASS.cell.id,
+                "number": number,
+                "verdict": verdict,
+                "reason": f"said {number}",
+                "cause": cause,
+            }
+            stream.write(json.dumps({"event": "attempt", **told, "time": "2026-11-24T03:12:00Z"}) + "\n")
+    assert [one.verdict for one in load(folder).tries[PASS.cell.id]] == ["error", "pass"]
+    page = report.write(folder).read_text()
+    assert page.count("Attempts in this run") == 1
+    assert "2026-11-24 03:12:00 · out of memory</span> said 1" in page
+
+
+def test_a_resumed_run_began_when_it_first_began(tmp_path):
+    folder = examples.write_ledger(tmp_path, [PASS], started="2026-11-24T01:00:00Z")
+    with (folder / "ledger.ndjson").open("a") as stream:
+        stream.write(json.dumps({"event": "run-start", "run": "again", "time": "2026-11-24T09:00:00Z"}) + "\n")
+    assert load(folder).started == "2026-11-24T01:00:00Z"
 
 
 def test_the_last_result_of_a_cell_counts_and_the_first_is_kept(tmp_path):
@@ -84,6 +113,11 @@ floats = st.floats()
 token = st.tuples(st.integers(), floats)
 
 
+points = st.fixed_dictionaries(
+    {"low": numbers, "high": numbers, "n": numbers, "kl": floats, "worst": floats, "null": st.none() | floats}
+).flatmap(lambda point: floats.map(lambda band: point | {"band": band}))
+
+
 @st.composite
 def records(draw):
     """A result with random text and numbers, and sometimes a field that does not belong."""
@@ -116,27 +150,44 @@ def records(draw):
             }
         ],
     }
+    record |= {
+        "curve": draw(st.lists(points, max_size=2)),
+        "versions": draw(st.lists(st.tuples(texts, texts), max_size=2)),
+        "started": draw(texts),
+        "attempts": draw(numbers),
+        "baseline_id": draw(st.none() | texts),
+    }
     if draw(st.booleans()):
         draw(st.sampled_from([record, cell]))[draw(texts)] = draw(loose)
+    for name in draw(st.lists(st.sampled_from([*record, *cell]), max_size=2)):  # as an older version wrote it
+        record.pop(name, None)
+        cell.pop(name, None)
     return {"event": "result", "result": record}
 
 
 event = st.one_of(
     records(),
     records(),
-    st.fixed_dictionaries({"event": st.sampled_from(["run-start", "cell-start", "run-end", "result", "odd"])}).flatmap(
+    st.fixed_dictionaries(
+        {"event": st.sampled_from(["run-start", "cell-start", "attempt", "run-end", "result", "odd"])}
+    ).flatmap(
         lambda base: st.dictionaries(
-            st.sampled_from(["run", "time", "hardware", "argv", "planned", "id", "cell", "result"]), loose
+            st.sampled_from(
+                ["run", "time", "hardware", "argv", "planned", "id", "cell", "result", "number", "verdict"]
+            ),
+            loose,
         ).map(lambda more: base | more)
     ),
     loose,
 )
+ledgers = st.tuples(st.lists(event, max_size=5), st.integers(0, 40))
+FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(events=st.lists(event, max_size=5), cut=st.integers(0, 40))
-def test_random_ledgers_never_break_the_build(tmp_path_factory, events, cut):
-    run_dir = tmp_path_factory.mktemp("fuzz")
+def check(reports, events, cut):
+    """Draw a ledger of `events` that lost its last `cut` bytes, beside the run that was there before."""
+    run_dir = reports / "runs" / "b"
+    run_dir.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(one) + "\n" for one in events).encode()
     (run_dir / "ledger.ndjson").write_bytes(text[: len(text) - cut] if cut else text)
     page = report.write(run_dir).read_text()
@@ -148,3 +199,30 @@ def test_random_ledgers_never_break_the_build(tmp_path_factory, events, cut):
     if not cut:
         told = len(run.results) + sum(len(one) for one in run.earlier.values()) + len(run.left_out)
         assert told >= len(results)  # drawn or named, never lost
+    for number, sentence in enumerate(run.left_out[:200]):
+        assert str(escape(sentence)) in page, number
+    assert report.index(reports).read_text().rstrip().endswith("</html>")
+    assert len(report.history(reports)) >= len(run.results)
+    both = find_runs(reports)
+    compare(both[0], both[-1])
+
+
+@pytest.fixture(scope="module")
+def with_a_run(tmp_path_factory):
+    """A reports folder that holds the example run."""
+    reports = tmp_path_factory.mktemp("fuzz")
+    examples.write_ledger(reports / "runs" / "a", examples.results()[:6], name="a", started="2026-11-01T00:00:00Z")
+    return reports
+
+
+@settings(max_examples=25, **FUZZ)
+@given(ledgers)
+def test_random_ledgers_never_break_the_build(with_a_run, found):
+    check(with_a_run, *found)
+
+
+@pytest.mark.nightly
+@settings(max_examples=1000, **FUZZ)
+@given(ledgers)
+def test_a_thousand_random_ledgers_never_break_the_build(with_a_run, found):
+    check(with_a_run, *found)
