@@ -14,6 +14,7 @@ from harness.result import CellResult, Statistic
 from harness.verdict import CAUGHT, Verdict
 
 PROOF = "proof of path"
+_NOT_RUN = (Verdict.SKIP, Verdict.STALE)
 
 
 class Row(Frozen):
@@ -83,46 +84,73 @@ def _served(result: CellResult) -> str:
     return ", ".join(text.format(serve[name]) for name, text in told.items() if name in serve)
 
 
+def rows_of(results: Sequence[CellResult]) -> tuple[Row, ...]:
+    """The rows of the cells with a defect that ran: what was not caught first, then by mode and name."""
+    rows = [row(result) for result in results if result.cell.fault and result.verdict not in _NOT_RUN]
+    return tuple(sorted(rows, key=lambda item: (item.caught, item.mode, item.fault, item.cell)))
+
+
 def table(runs: Sequence[Path]) -> Table:
     """The table of all `runs`. OSError where one has no ledger."""
     found: dict[str, CellResult] = {}
     for run in runs:
         events, _ = read(find(run))
         found |= {result.cell.key: result for result in results(events)}
-    judged = [result for result in found.values() if result.verdict is not Verdict.SKIP]
+    judged = [result for result in found.values() if result.verdict not in _NOT_RUN]
     clean = [result for result in judged if not result.cell.fault and result.statistics]
     return Table(
-        rows=tuple(row(result) for result in judged if result.cell.fault),
+        rows=rows_of(judged),
         clean=len(clean),
         alarms=sum(result.verdict is Verdict.FAIL for result in clean),
         band=next((result.band for result in judged if result.band), ""),
     )
 
 
+INTRO = """\
+# Deliberate defects
+
+The oracle's own test. Each defect is put into real workers by name (`additional_config={"helix": {"fault": "NAME"}}`;
+[`fault_merge.py`](../helix_runtime/vllm_plugin/fault_merge.py),
+[`fault_cache.py`](../helix_runtime/vllm_plugin/fault_cache.py)), and its cell must come out as `fail` or `unproven`.
+`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer, for
+one query head, for the tokens at every Nth position, or beyond N tokens.
+
+    ./test_helix.sh --suite faults                            # exit status 1 where one is not caught
+    python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
+
+"value" is that of the statistic furthest beyond its bound, "statistics beyond" how many are. What statistics and bounds
+mean, and how often right servers alarm, is in [oracle.md](oracle.md).
+"""
+
+
 def markdown(made: Table) -> str:
-    """The table for docs and reports: what was not caught first."""
+    """The page for docs and reports: what was not caught first, then all rows, then what each defect does."""
     from helix_runtime.vllm_plugin.faults import describe
 
     names = {item.fault.partition(":")[0] for item in made.rows}
     missed = [item for item in made.rows if not item.caught]
     lines = [
+        INTRO,
+        "## The table",
+        "",
         f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
         f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
-        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms.",
+        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. Judged by: {made.band}.",
         "",
-        f"Judged by: {made.band}.",
-        "",
+    ]
+    if missed:
+        lines += ["Not caught, and why:", ""]
+        lines += [f"- `{item.fault}`, {item.mode} {item.layout}: {item.why or item.how}" for item in missed]
+        lines += [""]
+    lines += [
         "| defect | cell | caught by | value | bound | value / bound | statistics beyond |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for item in sorted(made.rows, key=lambda item: (item.caught, item.mode, item.fault)):
+    for item in made.rows:
         by = item.statistic or f"**not caught** ({item.verdict})"
         numbers = [_number(item.value), _number(item.bound), _number(item.effect), str(len(item.beyond) or "–")]
         lines.append(f"| `{item.fault}` | {item.mode} {item.layout} | {by} | {' | '.join(numbers)} |")
-    if missed:
-        lines += ["", "Not caught, and why:", ""]
-        lines += [f"- `{item.fault}`, {item.mode} {item.layout}: {item.why or item.how}" for item in missed]
-    lines += ["", "What each defect does:", ""]
+    lines += ["", "## What each defect does", ""]
     lines += [f"- `{name}`: {describe(name)}" for name in sorted(names)]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness import ledger
+from harness.oracle.caught import rows_of as defects_of
 from harness.report.cells import render_cells
 from harness.report.cellview import Row, row_of
 from harness.report.past import NOTHING, Past
@@ -62,6 +63,7 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
             matrices=found,
             by_model=by_model if any(len(matrix.models) > 1 for matrix in found) else [],
             idle=_idle(found),
+            defects=defects_of(run.results),
             columns=COLUMNS,
             groups=_groups(found, rows),
             facets=_facets(table),

@@ -200,3 +200,34 @@ def test_index_lists_committed_evidence_and_local_runs(tmp_path):
 def test_two_hundred_cells_stay_under_three_megabytes(tmp_path):
     page = report.write(examples.write_ledger(tmp_path, examples.many(200)))
     assert page.stat().st_size < 3_000_000
+
+
+def test_planted_defects_have_a_table_of_their_own(tmp_path):
+    """What was caught, by what, how far beyond; what was not is said first, with its reason."""
+    from harness.cell import Cell
+    from harness.ledger import Ledger
+    from harness.report import write
+    from harness.result import CellResult, Statistic
+    from harness.verdict import Verdict
+
+    change = Statistic(name="decode: largest logprob change", value=3.0, bound=1e-4, n=9, unit="nat")
+    ledger = Ledger(tmp_path)
+    for fault, declared, verdict, found in (
+        ("drop-shard", Verdict.FAIL, Verdict.FAIL, (change,)),
+        ("other-combine", Verdict.FAIL, Verdict.UNPROVEN, ()),
+        ("query-head-off-by-one", Verdict.PASS, Verdict.PASS, ()),
+    ):
+        cell = Cell(mode="helix-gqa", backend="HELIX_CPU", hardware="cpu", model="recipe:x", tp=2, kvp=2, fault=fault)
+        ledger.result(
+            CellResult(
+                cell=cell, suites=("faults",), declared=declared, declared_why="<b>no KV heads</b>", verdict=verdict,
+                reason="r", statistics=found,
+            )
+        )  # fmt: skip
+    page = write(tmp_path).read_text()
+    table = page[page.index('id="defects"') : page.index("</section>", page.index('id="defects"'))]
+    assert "2 of 3 planted defects caught" in table
+    assert "30,000" in table and "proof of path" in table
+    assert "<strong>not caught</strong>: &lt;b&gt;no KV heads&lt;/b&gt;" in table
+    order = [table.index(name) for name in ("query-head-off-by-one", "drop-shard", "other-combine")]
+    assert order == sorted(order)
