@@ -1,4 +1,4 @@
-"""How often does the oracle alarm on right servers? `python -m harness.oracle.alarms FOLDER … [--json FILE]`.
+"""How often does the oracle alarm on right servers? `python -m harness alarms FOLDER … [--json FILE]`.
 
 FOLDERs hold saved transcripts of right servers (`python -m harness starts`). Two are compared when they hold the same
 tokens of the same model, dtype and prompts, and the first is standard TP. Each comparison is judged by a band measured
@@ -19,6 +19,7 @@ from harness.oracle.statistics import exact_interval, upper_share
 
 #: Rates a comparison is judged at: alone at 10, 1 and 0.1 %, and as one of 50 cells of a run at 1 %.
 RATES = (0.1, 0.01, 0.001, 0.01 / 50)
+LISTED = 0.01
 
 
 class Rate(Frozen):
@@ -135,17 +136,18 @@ def told(made: Table) -> str:
     stated = " | ".join(f"at {rate:.2%}" for rate in RATES)
     lines += ["", f"| dtype, model, mode | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]
     lines += [f"| {group.name} | {group.n} | {' | '.join(map(str, group.alarms))} |" for group in made.groups]
-    if made.alarms:
-        lines += ["", "Alarms:", ""]
+    rare = [alarm for alarm in made.alarms if alarm.rate <= LISTED]
+    if rare:
+        lines += ["", f"Alarms at {LISTED:.0%} and below:", ""]
     lines += [
         f"- at {alarm.rate:.2%}: `{alarm.candidate}` against `{alarm.baseline}`: {', '.join(alarm.beyond)}"
-        for alarm in made.alarms
+        for alarm in rare
     ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m harness.oracle.alarms", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m harness alarms", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
     options = parser.parse_args(argv)

@@ -20,6 +20,8 @@ from harness.result import Statistic
 #: Stands for "no number" in statistics, which travel as JSON; vLLM's API writes -inf as -9999.
 NO_NUMBER = 9999.0
 LEAST_GROUP = 8  # steps of a group that is judged for itself
+#: Of a largest value, the null's own number is its 99.9 % point: one clean cell in a thousand goes beyond.
+POINT = 1e-3
 LARGEST = 4  # statistics of the largest kind: change and KL, of prefill and of decode
 
 
@@ -75,10 +77,14 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
         return Statistic(name=f"{phase}: {name}", value=min(value, NO_NUMBER), bound=bound, n=n, unit=unit, **more)
 
     return [
-        of("largest logprob change", max(step.widest for step in steps), widest, "nat"),
+        of(
+            "largest logprob change",
+            max(step.widest for step in steps), widest, "nat", null=null.change.bound(POINT, n),
+        ),
         of(
             "largest KL of the top tokens",
             max(step.kl for step in steps), null.distance.bound(rates.largest, n) ** 2 / 2, "nat",
+            null=null.distance.bound(POINT, n) ** 2 / 2,
         ),
         of("best token lost despite its margin", len(lost), 0, "steps", note=said),
         _loudness(phase, steps, band, rate, group=False),
