@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from harness.cell import Cell
 from harness.executors.local import Attempt
 from harness.matrix import PlannedCell
 from harness.oracle.band import Band
@@ -143,13 +144,28 @@ def dropped(transcript: Transcript) -> str | None:
     return None
 
 
+def uncached(cell: Cell, attempt: Attempt) -> str | None:
+    """What is wrong with the claim that a repeated prompt reads what ranks hold of it already; None if nothing is.
+
+    Told on CPU, where the workers count it, and unless the cell switches prefix caching off.
+    """
+    repeated = any(answer.kind == "repeat" for answer in attempt.transcript.answers)
+    if cell.hardware != "cpu" or not repeated or "no-enable-prefix-caching" in dict(cell.serve):
+        return None
+    for proof in attempt.proofs:
+        if not proof.counters.get("context_prefill"):
+            return f"rank {proof.rank}: a prompt was asked twice, and no prefill read what was cached"
+    return None
+
+
 def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Observation:
     if not judgement.agree:
         verdict = Verdict.XFAIL if item.declared is Verdict.XFAIL else Verdict.FAIL
         return Observation(verdict, judgement.reason, judgement)
     if not judgement.forced:
         return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
-    if unproven := check_proof(item.cell, attempt.proofs) or dropped(attempt.transcript):
+    unproven = check_proof(item.cell, attempt.proofs) or dropped(attempt.transcript) or uncached(item.cell, attempt)
+    if unproven:
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     if item.cell.fault:
         said = "NOT CAUGHT" if item.declared is Verdict.FAIL else "not caught, as declared"

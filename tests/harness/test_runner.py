@@ -1,5 +1,6 @@
 """The scheduler and the verdicts, on an executor that answers from a table."""
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -143,6 +144,27 @@ def test_other_answers_fail_and_known_ones_are_xfail(tmp_path):
     assert verdict is Verdict.FAIL and "largest logprob change is 0.3" in reason
     assert verdict_of(tmp_path / "b", planned(HELIX, Verdict.XFAIL), off)[0] is Verdict.XFAIL
     assert verdict_of(tmp_path / "c", planned(HELIX, Verdict.XFAIL), good(HELIX))[0] is Verdict.XPASS
+
+
+def test_a_repeated_prompt_must_have_read_the_cache_on_every_rank(tmp_path):
+    def asked_twice(cell: Cell) -> Transcript:
+        once = transcript(cell)
+        again = once.answers[0].model_copy(update={"prompt": "q", "kind": "repeat"})
+        return once.model_copy(update={"answers": (*once.answers, again)})
+
+    def seen(cell: Cell, folder: str, reads: tuple[int, int]):
+        found = [dataclasses.replace(proof, counters={**proof.counters, "context_prefill": count})
+                 for proof, count in zip(proofs(cell), reads, strict=True)]  # fmt: skip
+        answers = {BASE: good(BASE, transcript=asked_twice(BASE)),
+                   cell: good(cell, transcript=asked_twice(cell), proofs=tuple(found))}  # fmt: skip
+        results, _ = play(tmp_path / folder, [planned(BASE), planned(cell)], answers=answers)
+        return results[1]
+
+    assert seen(HELIX, "both", (2, 3)).verdict is Verdict.PASS
+    one = seen(HELIX, "one", (2, 0))
+    assert one.verdict is Verdict.UNPROVEN and "rank 1: a prompt was asked twice" in one.reason
+    off = HELIX.model_copy(update={"serve": (("no-enable-prefix-caching", True),)})
+    assert seen(off, "off", (0, 0)).verdict is Verdict.PASS
 
 
 def test_equal_answers_without_proof_are_unproven(tmp_path):
