@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 
+from harness.bench.spec import BenchSpec
 from harness.cell import Cell, Mode, Value
 from harness.declared import Declaration, comparable_tp, declare, standard_tp_problem
 from harness.frozen import Frozen
@@ -31,6 +32,7 @@ class PlannedCell(Frozen):
     `baseline` is the cell whose transcript it is compared with, None for references and for declared refusals.
     `refusal` is text that a declared refusal must contain (None: any refusal by name of this cell's options).
     `skip` is the reason why this host cannot run it, else None; `declared` says what it would be elsewhere.
+    `bench`: what is measured, its baseline within the same cell; None for cells whose answers are compared.
     """
 
     cell: Cell
@@ -40,6 +42,7 @@ class PlannedCell(Frozen):
     baseline: Cell | None = None
     refusal: str | None = None
     skip: str | None = None
+    bench: BenchSpec | None = None
 
 
 class PlanError(ValueError):
@@ -56,7 +59,9 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
     baselines: dict[Cell, Cell] = {}
     skips: dict[tuple[str, int], str | None] = {}
 
-    def add(cell: Cell, suite: str, declaration: Declaration, base: Cell | None) -> None:
+    def add(
+        cell: Cell, suite: str, declaration: Declaration, base: Cell | None, bench: BenchSpec | None = None
+    ) -> None:
         known = plan.get(cell.key)
         if known is not None:
             plan[cell.key] = _merge(known, cell, suite, declaration)
@@ -82,21 +87,23 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             baseline=base,
             refusal=declaration.refusal,
             skip=skips[place] or (f"standard TP has no such layout: {lost}" if lost and cell.baseline else None),
+            bench=bench if base else None,
         )
 
-    def add_with_baseline(cell: Cell, suite: str, declaration: Declaration) -> None:
+    def add_with_baseline(cell: Cell, suite: str, declaration: Declaration, bench: BenchSpec | None = None) -> None:
         base = None
         if declaration.verdict is not Verdict.REJECTED and (made := baseline_of(cell)) is not None:
             # One object per baseline: its key and id are then hashed once, not once a dependent.
             base = baselines.setdefault(made, made)
-            add_with_baseline(base, suite, declare(base))
-        add(cell, suite, declaration, base)
+            if bench is None:  # a measured cell runs its baseline itself, round against round
+                add_with_baseline(base, suite, declare(base))
+        add(cell, suite, declaration, base, bench)
 
     for suite in suites:
         for group in suite.groups:
             for cell in cells_of(group, suite):
                 cell = on_one_gpu(cell) if share_gpu else cell
-                add_with_baseline(cell, suite.name, declare(cell, group.refusal))
+                add_with_baseline(cell, suite.name, declare(cell, group.refusal), group.bench)
     return list(plan.values())
 
 
@@ -118,7 +125,7 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
                     comm=comm,
                     serve=options,
                     helix=helix,
-                    workload=group.workload,
+                    workload=group.bench.workload if group.bench else group.workload,
                     fault=fault,
                     expect=group.expect,
                     why=group.why,

@@ -1,5 +1,6 @@
 """The record of one cell: declared and observed verdict, the reason in a sentence, the evidence. Ledger -> report."""
 
+from harness.bench.result import BenchResult
 from harness.cell import Cell
 from harness.frozen import Frozen
 from harness.verdict import Effect, Verdict, effect_of
@@ -8,7 +9,8 @@ from harness.verdict import Effect, Verdict, effect_of
 class Statistic(Frozen):
     """One number of the oracle with its bound: `value` beyond `bound` means a difference; None bounds nothing.
 
-    `low` and `high`: its 95 % interval, where it has one. `null`: the same number of standard TP against itself.
+    `low` and `high`: its 95 % interval, where it has one. `null`: the same number of standard TP against
+    itself; of a largest value its 99.9 % point, which one clean cell in a thousand exceeds.
     """
 
     name: str
@@ -79,6 +81,7 @@ class CellResult(Frozen):
     localisation: str = ""  # of a failed cell: the first layer, head and rank that went wrong
     attempts: int = 1
     started: str = ""  # ISO 8601, UTC
+    bench: BenchResult | None = None  # of a measured cell: load by load, against its baseline
 
     @property
     def effect(self) -> Effect:

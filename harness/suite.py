@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
 from pydantic import model_validator as validator
 
+from harness.bench.spec import BenchSpec, Goodput, Load
 from harness.cell import Comm, Mode
 from harness.frozen import Frozen
 from harness.verdict import DECLARABLE, Verdict
@@ -109,6 +110,7 @@ class Group(Strict):
     serve: Options = Field(default_factory=dict)
     helix: Options = Field(default_factory=dict)
     workload: Literal["smoke", "standard"] = "standard"
+    bench: BenchSpec | None = Field(default=None, description="measure the cells against their baselines under load")
     fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?)?$")] | None] = (None,)
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None
@@ -124,6 +126,8 @@ class Group(Strict):
             raise ValueError(f"'fault' goes with a context-parallel mode, not with '{self.mode}'")
         if any(self.fault) and self.expect is Verdict.PASS and not self.why:
             raise ValueError("a fault that cannot be caught ('expect: pass') needs a 'why'")
+        if self.bench and self.mode is Mode.STANDARD_TP:
+            raise ValueError("'bench' measures a cell against its standard-TP baseline, so not 'standard-tp' itself")
         if self.helix and not self.mode.helix:
             raise ValueError(f"'helix' options go with a helix mode, not with '{self.mode}'")
         return self
@@ -257,5 +261,6 @@ def _problem(document: Document, entry: Any) -> Problem:
 
 
 def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    model = LayoutSpec if "layout" in location else Group if "groups" in location else Suite
+    inner = {"loads": Load, "goodput": Goodput, "bench": BenchSpec, "layout": LayoutSpec, "groups": Group}
+    model = next((inner[name] for name in inner if name in location), Suite)
     return [field.alias or name for name, field in model.model_fields.items()]
