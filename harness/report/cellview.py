@@ -19,7 +19,7 @@ from harness.verdict import TABLE, Effect
 
 _LOG_LINES = 12
 #: A whole log travels inside the page up to this size, compressed; a longer one is linked.
-_LOG_BYTES = 6_000
+_LOG_BYTES = 9_000
 
 
 @dataclass(frozen=True)
@@ -195,16 +195,21 @@ def _facts(result: CellResult) -> list[tuple[str, str]]:
     image = versions.pop("image", "")
     facts = [
         ("model", cell.model),
-        ("hardware", f"{cell.hardware} ({result.hardware_name})" if result.hardware_name else cell.hardware),
+        ("hardware", _hardware(result)),
         *((name, value) for name, value in result.versions if name != "image"),
         ("image digest", image or "none: a process of the host"),
         ("suites", ", ".join(result.suites) or "none"),
         ("workload", cell.workload),
-        ("started", result.started or "not started"),
+        ("started", result.started[:19].replace("T", " ") or "not started"),
         ("attempts", str(result.attempts)),
         ("content key", cell.key),
     ]
     return facts + ([("transcript", result.transcript_digest)] if result.transcript_digest else [])
+
+
+def _hardware(result: CellResult) -> str:
+    family, name = result.cell.hardware, result.hardware_name
+    return name if name.startswith(family) else f"{family} ({name})" if name else family
 
 
 def _phases(result: CellResult, baseline: CellResult | None) -> list[tuple[str, str, str, Markup]]:

@@ -169,11 +169,11 @@ event = st.one_of(
     records(),
     records(),
     st.fixed_dictionaries(
-        {"event": st.sampled_from(["run-start", "cell-start", "attempt", "run-end", "result", "odd"])}
+        {"event": st.sampled_from(["run-start", "cell-start", "attempt", "models", "run-end", "result", "odd"])}
     ).flatmap(
         lambda base: st.dictionaries(
             st.sampled_from(
-                ["run", "time", "hardware", "argv", "planned", "id", "cell", "result", "number", "verdict"]
+                ["run", "time", "hardware", "argv", "planned", "id", "cell", "result", "number", "verdict", "models"]
             ),
             loose,
         ).map(lambda more: base | more)
