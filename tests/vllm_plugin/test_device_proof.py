@@ -41,6 +41,22 @@ def test_bumping_allocates_nothing_and_keeps_its_address():
     assert counters.values.data_ptr() == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replays_of_a_graph_are_counted():
+    proof = ProofWriter(None, 0)
+    counters = proof.count_on(torch.device("cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            proof.ran("decode")
+    counters.reset()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    counted = dict(zip(counters.names, counters.read(), strict=True))
+    assert (counted["decode_attention"], counted["decode_combine"], counted["prefill_attention"]) == (15, 15, 0)
+
+
 def test_a_writer_counts_on_its_device_and_publishes(tmp_path):
     writer = ProofWriter(tmp_path, 0)
     writer.identify(record(on_device=True))
