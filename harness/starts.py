@@ -29,8 +29,7 @@ from helix_runtime.proof import read_proofs
 
 SETS = 5
 SERVE = (
-    ("dtype", "float32"), ("max-model-len", 2048), ("enforce-eager", True), ("kv-cache-memory-bytes", 2**26),
-    ("seed", 0),
+    ("max-model-len", 2048), ("enforce-eager", True), ("kv-cache-memory-bytes", 2**26), ("seed", 0),
 )  # fmt: skip
 
 
@@ -60,10 +59,12 @@ class Group(Frozen):
     model: str
     block: int = 32
     tp: int = 4
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return self.model.removeprefix("recipe:")
+        bare = self.model.removeprefix("recipe:")
+        return bare if self.dtype == "float32" else f"{bare}-{self.dtype}"
 
     @property
     def mla(self) -> bool:
@@ -81,7 +82,7 @@ class Group(Frozen):
             kvp=kvp,
             interleave=interleave,
             comm=comm,
-            serve=(*SERVE, ("block-size", self.block), ("max-num-seqs", seats)),
+            serve=(("dtype", self.dtype), *SERVE, ("block-size", self.block), ("max-num-seqs", seats)),
             helix=(("allow_gqa_tpa1", True),) if tpa1 else (),
             workload="smoke",
         )
@@ -147,6 +148,18 @@ def groups() -> Iterator[tuple[Group, list[Cell]]]:
     yield k4c, [k4c.cell(gqa, 2, 2, 32, "a2a"), k4c.cell(gqa, 2, 2, 16, "a2a"), k4c.cell(tp, 1)]
     k2 = Group(model="recipe:llama-k2")
     yield k2, [k2.cell(dcp, 4, 2, 1, "ag_rs"), k2.cell(dcp, 4, 2, 16, "a2a"), k2.cell(tp, 1)]
+    # The dtypes of GPUs, each with several sizes of standard TP, which are the null.
+    bf16 = Group(model="recipe:llama-k4", dtype="bfloat16")
+    yield bf16, [
+        bf16.cell(tp, 1), bf16.cell(gqa, 4, 2, 16, "a2a"), bf16.cell(tp, 4, seats=4), bf16.cell(tp, 2),
+        bf16.cell(gqa, 4, 2, 1, "ag_rs"),
+    ]  # fmt: skip
+    fp16 = Group(model="recipe:llama-k4", tp=2, dtype="float16")
+    yield fp16, [fp16.cell(tp, 1), fp16.cell(gqa, 2, 2, 16, "a2a"), fp16.cell(tp, 4), fp16.cell(gqa, 2, 2, 1, "ag_rs")]
+    v2c = Group(model="recipe:deepseek-v2", block=16, tp=2, dtype="bfloat16")
+    yield v2c, [v2c.cell(tp, 1), v2c.cell(mla, 2, 2, 16, "a2a"), v2c.cell(tp, 4)]
+    keen = Group(model="recipe:llama-retrieve-k4", tp=2, dtype="bfloat16")
+    yield keen, [keen.cell(tp, 1), keen.cell(gqa, 2, 2, 16, "a2a"), keen.cell(tp, 4)]
 
 
 def starts() -> list[tuple[Group, Start]]:
