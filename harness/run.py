@@ -213,7 +213,7 @@ def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:
             try:
                 cards.append(card_of(model).model_dump(mode="json"))
             except Exception as problem:  # a run is not lost to what only describes its models
-                say(f"no card of {model}: {type(problem).__name__}: {problem}")
+                print(f"no card of {model}: {type(problem).__name__}: {problem}", flush=True)
     if cards:
         Ledger(run_dir).models(cards)
 

@@ -257,7 +257,7 @@ def test_the_cpu_cells_that_the_claim_stands_on(committed):
         "cpu/helix-mla/HELIX_CPU_MLA/deepseek-v2/tp2-dcp2/ag_rs/i1/block-size=16/workload=smoke",
     ):
         assert here[id] is Verdict.PASS
-    assert list(here.values()).count(Verdict.REJECTED) == 10
+    assert list(here.values()).count(Verdict.REJECTED) == 25
 
 
 def test_committed_refusals_quote_the_rule(committed):
