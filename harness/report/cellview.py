@@ -7,6 +7,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from harness.report import drawing
+from harness.report.measured import Measured, measured
 from harness.report.past import CellPast
 from harness.report.proofs import Proof, proof_of
 from harness.report.run import Try
@@ -70,6 +71,7 @@ class Body:
     phases: list[tuple[str, str, str, Markup]]  # name, seconds, the baseline's, drawing
     kv: list[tuple[str, str, Markup]]  # whose, tokens, drawing
     kv_said: str
+    measured: Measured | None
     baseline: str  # fragment of the baseline's cell, if it is in this run
     attempts: list[Try]  # more than one: all of this run, the oldest first
     past: CellPast | None
@@ -130,6 +132,7 @@ def body_of(
         phases=_phases(result, baseline),
         kv=_kv(result, baseline),
         kv_said="" if row.kv_ratio is None else f"{row.kv_ratio:.2f} × the baseline's",
+        measured=measured(result.bench),
         baseline=fragment(cell=baseline.cell.id) if baseline else "",
         attempts=_attempts(result, earlier, tries),
         past=row.past,

@@ -81,6 +81,7 @@ def schema() -> str:
         "Statistic": ("value", "bound", "low", "high", "null"),
         "CurvePoint": ("kl", "worst", "null", "band"),
         "Phase": ("seconds",),
+        "Interval": ("value", "low", "high"),
     }
     for definition, fields in numbers.items():
         for field in fields:  # a NaN or an infinity is written as null

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from harness.bench.result import BenchResult, Interval, KvCapacity, LoadResult, Metric, Prediction
 from harness.cell import Cell, Mode
 from harness.result import CellResult, CurvePoint, Difference, Phase, Statistic
 from harness.verdict import Verdict
@@ -123,6 +124,34 @@ def curve(scale: float) -> tuple[CurvePoint, ...]:
         )
         for place, (low, high) in enumerate(bins)
     )
+
+
+def bench() -> BenchResult:
+    """One load in three rounds: faster between tokens, slower to the first, throughput unclear."""
+
+    def metric(name, unit, cell, baseline, ratio):
+        around = [Interval(value=value, low=value * 0.95, high=value * 1.05, n=3) for value in (cell, baseline, ratio)]
+        return Metric(name=name, unit=unit, cell=around[0], baseline=around[1], ratio=around[2])
+
+    load = LoadResult(
+        input=8192,
+        output=128,
+        concurrency=8,
+        requests=24,
+        metrics=(
+            metric("time between tokens", "ms", 12.0, 16.0, 0.75),
+            metric("time to first token", "ms", 900.0, 600.0, 1.5),
+            metric("output throughput", "tokens/s", 510.0, 500.0, 1.02),
+        ),
+        failed=0,
+        baseline_failed=1,
+        predicted=Prediction(cell_ms=11.0, cell_low_ms=10.0, cell_high_ms=13.0, baseline_ms=15.5, ratio=0.71),
+    )
+    capacity = KvCapacity(tokens=24_576, blocks=1536, block_size=16, bytes=2**30)
+    return BenchResult(
+        loads=(load,), rounds=3, side_by_side=True, generator="vllm bench serve 0.32.0", kv=capacity,
+        baseline_kv=capacity.model_copy(update={"tokens": 12_288}), promised=2.0,
+    )  # fmt: skip
 
 
 def log(of: Cell, lines: int = 40, end: str = "") -> str:
@@ -251,7 +280,11 @@ def results() -> list[CellResult]:
             baseline_id=hop.id,
         ),
         result(
-            cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 4, interleave=16), "pass", same, baseline_id=hop.id
+            cell("helix-gqa", "FLASH_ATTN", "hopper", NEMOTRON, 8, 4, interleave=16),
+            "pass",
+            same,
+            baseline_id=hop.id,
+            bench=bench(),
         ),
         result(
             cell("helix-gqa", "FLASHINFER", "hopper", NEMOTRON, 8, 2),

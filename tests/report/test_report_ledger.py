@@ -118,6 +118,22 @@ points = st.fixed_dictionaries(
 ).flatmap(lambda point: floats.map(lambda band: point | {"band": band}))
 
 
+intervals = st.fixed_dictionaries(
+    {"value": floats, "low": st.none() | floats, "high": st.none() | floats, "n": numbers}
+)
+measures = st.tuples(texts, intervals, intervals, st.none() | intervals).map(
+    lambda drawn: (
+        examples.bench().model_dump(mode="json")
+        | {
+            "loads": [
+                examples.bench().loads[0].model_dump(mode="json")
+                | {"metrics": [dict(zip(("name", "cell", "baseline", "ratio"), drawn, strict=True)) | {"unit": "ms"}]}
+            ]
+        }
+    )
+)
+
+
 @st.composite
 def records(draw):
     """A result with random text and numbers, and sometimes a field that does not belong."""
@@ -156,6 +172,7 @@ def records(draw):
         "started": draw(texts),
         "attempts": draw(numbers),
         "baseline_id": draw(st.none() | texts),
+        "bench": draw(st.none() | measures),
     }
     if draw(st.booleans()):
         draw(st.sampled_from([record, cell]))[draw(texts)] = draw(loose)

@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 
 from harness import report
-from harness.report import machine, text
+from harness.report import badge, machine, text
+from harness.report.measured import measured
+from harness.report.run import Run
 from harness.verdict import Effect
 
 
@@ -180,6 +182,48 @@ def test_the_matrix_s_text_equals_the_ledger(run_dir):
         said = " ".join(cell for row in found.rows for cell in row)
         counted = sum(int(count) for count in re.findall(r"\b(\d+) cells?\b", said))
         assert counted == sum(one.cell.fault is None for one in examples.results())
+
+
+def test_measured_numbers_are_told_with_their_side_of_the_baseline():
+    found = measured(examples.bench())
+    (load,) = found.loads
+    assert load.title == "8,192 tokens in, 128 out, 8 at a time, 24 requests, 1 failed at the baseline"
+    assert load.planner == "Planner: 11 ms between tokens (10 to 13), × 0.71 of the baseline"
+    assert [(line.name, line.ratio, line.tone) for line in load.lines] == [
+        ("time between tokens", "× 0.75 (0.7125 to 0.7875)", "better"),
+        ("time to first token", "× 1.5 (1.425 to 1.575)", "worse"),
+        ("output throughput", "× 1.02 (0.969 to 1.071)", ""),
+    ]
+    assert load.lines[0].cell == "12 ms (11.4 to 12.6)"
+    assert found.kv == (
+        "KV capacity: 24,576 tokens, 1.00 GiB a rank; the baseline's 12,288 tokens, 1.00 GiB a rank; × 2; promised × 2"
+    )
+    assert measured(None) is None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said", "colour"),
+    [
+        (["pass", "fail", "xpass"], "✗ 1 fail, 1 xpass", "#a11318"),
+        (["pass", "error"], "⚠ 1 error", "#0b566b"),
+        (["pass", "pass", "skip"], "✓ 2 pass", "#12633a"),
+        (["skip"], "– 1 skip", "#4b5768"),
+        ([], "nothing ran", "#4b5768"),
+    ],
+)
+def test_the_badge_says_what_differs_or_what_passed(verdicts, said, colour):
+    of = [examples.cell("helix-gqa", "CPU_ATTN", "cpu", f"m{number}", 4, 2) for number in range(len(verdicts))]
+    run = Run(name="x", results=tuple(examples.result(one, word, "") for one, word in zip(of, verdicts, strict=True)))
+    root = ET.fromstring(badge.badge(run))
+    texts = [one.text for one in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["Helix", said]
+    assert colour in badge.badge(run)
+
+
+def test_parquet_holds_the_frame(run_dir):
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(run_dir / "results.parquet"), report.frame(run_dir), check_dtype=False
+    )
 
 
 def test_the_page_names_nothing_to_load(run_dir):
