@@ -5,6 +5,7 @@ statistic, at what effect size (value / bound), or by the proof of path alone. A
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _NOT_RUN = (Verdict.SKIP, Verdict.STALE)
 class Row(Frozen):
     """One defect in one cell. `statistic`, `value`, `bound` of the statistic that is furthest beyond its bound.
 
-    `effect`: value / bound, None where the bound is 0 or nothing is beyond; `beyond`: names of all that are beyond.
+    `effect`: see `effect`, None where the bound is 0 or nothing is beyond; `beyond`: names of all that are beyond.
     `how`: the verdict's own sentence.
     """
 
@@ -50,8 +51,14 @@ class Table(Frozen):
 
 
 def effect(statistic: Statistic) -> float:
-    """How far beyond: value / bound; a bound of 0 (a missing answer, a lost token) counts by the value itself."""
-    return statistic.value / statistic.bound if statistic.bound else statistic.value
+    """How far beyond: value / bound, of a KL its root, since a KL grows with the square of a change.
+
+    A bound of 0 (a missing answer, a lost token) counts by the value itself.
+    """
+    if not statistic.bound:
+        return statistic.value
+    ratio = statistic.value / statistic.bound
+    return math.sqrt(ratio) if "KL" in statistic.name else ratio
 
 
 def row(result: CellResult) -> Row:
@@ -118,8 +125,8 @@ for one query head, for the tokens at every Nth position, or beyond N tokens.
     ./test_helix.sh --suite faults                            # exit status 1 where one is not caught
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
 
-"value" is that of the statistic furthest beyond its bound, "statistics beyond" how many are. What statistics and bounds
-mean, and how often right servers alarm, is in [oracle.md](oracle.md).
+"value" is that of the statistic furthest beyond its bound (value / bound, of a KL its root), "statistics beyond" how
+many are. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md).
 """
 
 

@@ -33,6 +33,13 @@ def test_a_row_names_the_statistic_that_is_furthest_beyond_its_bound():
     assert made.caught and made.beyond == (LOUD.name, CHANGE.name)
 
 
+def test_a_kl_counts_by_its_root():
+    kl = Statistic(name="decode: largest KL of the top tokens", value=4.0, bound=1e-8, n=9, unit="nat")
+    made = row(result(statistics=(kl, CHANGE)))  # root of 4e8 is 20,000, less than 30,000
+    assert made.statistic == CHANGE.name
+    assert row(result(statistics=(kl,))).effect == pytest.approx(20_000)
+
+
 def test_a_missing_answer_has_no_effect_size():
     made = row(result(statistics=(MISSING,)))
     assert (made.statistic, made.value, made.effect) == (MISSING.name, 2, None)
