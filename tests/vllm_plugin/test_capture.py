@@ -99,3 +99,72 @@ def test_nan_is_a_deviation(shards, tmp_path):
 def test_the_batch_has_both_full_and_empty_shards():
     counts = [[local_length(length, KVP, rank, INTERLEAVE) for rank in range(KVP)] for length in LENGTHS]
     assert counts == [[6, 5], [2, 1]]
+
+
+# MLA prefill: a rank attends with its own heads only, whose keys and values are up-projections of the latents.
+
+LATENT, ROPE, NOPE, VALUE, OWNED = 6, 2, 4, 3, 2
+
+
+@pytest.fixture
+def latents():
+    """Two shards of one request: latents [blocks, 1, block, LATENT + ROPE]; the whole of them; the weights of rank 1."""
+    torch.manual_seed(1)
+    whole = torch.randn(11, LATENT + ROPE)
+    table, caches = torch.tensor([[1, 0]]), []
+    for rank in range(KVP):
+        cache = torch.full((2, 1, BLOCK, LATENT + ROPE), float("nan"))
+        slots = slot_mapping(
+            torch.arange(11), table, torch.tensor([0, 11]), block_size=BLOCK, kvp=KVP, kvp_rank=rank,
+            interleave=INTERLEAVE,
+        )  # fmt: skip
+        mine = slots >= 0
+        cache[slots[mine] // BLOCK, 0, slots[mine] % BLOCK] = whole[mine]
+        caches.append(cache)
+    return whole, table, caches, torch.randn(OWNED * (NOPE + VALUE), LATENT)
+
+
+def prefilled(latents, tmp_path, spoil: float = 0.0) -> Capture:
+    """Rank 1's check of the last 4 of 11 tokens, whose right output is worked out head by head and token by token."""
+    pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
+    from helix_runtime.vllm_plugin.cpu_mla import HelixCPUMLAImpl
+
+    whole, table, caches, weight = latents
+    query = torch.randn(4, OWNED, NOPE + ROPE)
+    merged = torch.zeros(4, OWNED, VALUE)
+    for head in range(OWNED):
+        up = whole[:, :LATENT] @ weight[head * (NOPE + VALUE) : (head + 1) * (NOPE + VALUE)].T
+        keys = torch.cat([up[:, :NOPE], whole[:, LATENT:]], dim=1)
+        for token in range(4):
+            seen = 11 - 4 + token + 1
+            shares = (keys[:seen] @ query[token, head] * SCALE).softmax(dim=0)
+            merged[token, head] = shares @ up[:seen, NOPE:]
+    merged[2, 1] += spoil
+
+    impl = SimpleNamespace(
+        kv_b_proj=SimpleNamespace(weight=weight), num_heads=OWNED, kv_lora_rank=LATENT, qk_nope_head_dim=NOPE,
+        v_head_dim=VALUE,
+    )  # fmt: skip
+    held = [
+        Capture(tmp_path, rank, lambda value: value, torch.float32)._gather(
+            context(rank), cache, cache[..., :LATENT], table, torch.tensor([11])
+        )
+        for rank, cache in enumerate(caches)
+    ]
+    capture = Capture(tmp_path, 1, lambda value: held, torch.float32)
+    capture.check(
+        context(1), Site(layer=0, kvp_rank=1, requests=1, decode=False, reads_context=True, first_head=0), query,
+        caches[1], caches[1][..., :LATENT], table, torch.tensor([0, 4]), torch.tensor([11]), SCALE, merged,
+        expand=lambda keys, values: HelixCPUMLAImpl._expand(impl, keys, values),
+    )  # fmt: skip
+    return capture
+
+
+def test_a_right_mla_prefill_passes(latents, tmp_path):
+    assert prefilled(latents, tmp_path).first is None
+
+
+def test_a_wrong_head_of_an_mla_prefill_is_named(latents, tmp_path):
+    first = prefilled(latents, tmp_path, spoil=0.5).first
+    # the second of rank 1's owned heads, which are 2 and 3; token 2 of 4 new ones after 7
+    assert (first.head, first.position, first.rank, first.decode) == (3, 9, 1, False)
