@@ -163,7 +163,7 @@ def markdown(made: Table) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}" if value < 1000 else f"{value:,.0f}"
+    return "–" if value is None else f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -104,6 +104,23 @@ class LseInBf16(Fault):
         return output, lse.bfloat16().to(lse.dtype)
 
 
+@fault("lse-in-fp16")
+class LseInFp16(Fault):
+    """The LSE travels in fp16: eleven bits."""
+
+    def partial(self, output, lse, site):
+        return output, lse.half().to(lse.dtype)
+
+
+@fault("lse-last-bit")
+class LseLastBit(Fault):
+    """The last bit of each fp32 LSE is flipped, on one rank: less than rounding."""
+
+    def partial(self, output, lse, site):
+        flipped = torch.where(torch.isinf(lse), lse, (lse.contiguous().view(torch.int32) ^ 1).view(lse.dtype))
+        return (output, flipped) if site.kvp_rank == 1 else (output, lse)
+
+
 @fault("output-in-bf16")
 class OutputInBf16(Fault):
     """The partial output is rounded to bf16 before it is sent, in a model that computes in fp32."""

@@ -150,6 +150,16 @@ def test_merges_that_go_wrong():
     assert (output.item(), lse.item()) == (1.0, 0.0)
 
 
+def test_lses_of_fewer_bits():
+    output, lse = torch.zeros(1, 2, 1), torch.tensor([[1.0 + 2.0**-9, -math.inf]])
+    assert fault_merge.LseInFp16().partial(output, lse, site())[1].tolist() == lse.tolist()
+    assert fault_merge.LseInBf16().partial(output, lse, site())[1].tolist() == [[1.0, -math.inf]]
+    right = torch.tensor([[1.0, 3.0], [-math.inf, 0.5]])
+    flipped = fault_merge.LseLastBit().partial(output, right, site(kvp_rank=1))[1]
+    assert (flipped - right).tolist()[0] == [2.0**-23, 2.0**-22]
+    assert flipped[1, 0] == -math.inf
+
+
 def test_empty_shards():
     output, lse = torch.zeros(1, 2, 1), torch.tensor([[-math.inf, 1.0]])
     assert fault_merge.EmptyShardCounts().partial(output, lse, site())[1].tolist() == [[0.0, 1.0]]
