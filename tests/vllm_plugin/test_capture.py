@@ -108,7 +108,7 @@ LATENT, ROPE, NOPE, VALUE, OWNED = 6, 2, 4, 3, 2
 
 @pytest.fixture
 def latents():
-    """Two shards of one request: latents [blocks, 1, block, LATENT + ROPE]; the whole of them; the weights of rank 1."""
+    """The latents of one request, its block table, both shards [blocks, 1, block, LATENT + ROPE], rank 1's weights."""
     torch.manual_seed(1)
     whole = torch.randn(11, LATENT + ROPE)
     table, caches = torch.tensor([[1, 0]]), []
