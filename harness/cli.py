@@ -41,10 +41,12 @@ exit status:
 
 #: `python -m harness NAME …` -> `module:function`, called with the rest of the arguments, returns the exit status.
 SUBCOMMANDS: dict[str, str] = {
+    "alarms": "harness.oracle.alarms:main",
     "compare": "harness.report.look:compare_main",
     "doctor": "harness.doctor:main",
     "faults": "harness.oracle.caught:main",
     "history": "harness.report.look:history_main",
+    "images": "harness.images:main",
     "judge": "harness.oracle.offline:main",
     "plan": "helix_runtime.planner.cli:main",
     "report": "harness.report.look:report_main",

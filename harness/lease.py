@@ -1,7 +1,7 @@
 """Leases of this host's scarce things across processes: GPUs, ports, cores, memory.
 
-A lease is an exclusive `flock` on a small file that says what is held, so the kernel gives it back when its holder dies,
-however it dies. The server's guard holds the same open file: what a killed harness had leased stays leased until its
+A lease is an exclusive `flock` on a small file that says what is held, so the kernel gives it back when its holder
+dies, however it dies. The guard of a server holds the same open file: what a killed harness had stays leased until its
 server is gone. All users and all harnesses of a host share one folder, unless `HELIX_LEASES` names another.
 """
 
@@ -56,7 +56,7 @@ class Lease:
         """Give everything back. Returns what is wrong with a GPU whose memory did not come free; that one stays leased,
         to nobody, until it is free."""
         stuck = self._stuck(patience)
-        for gpu, memory, before in stuck:
+        for gpu, _, before in stuck:
             _quarantine(gpu, before)
         self._path.unlink(missing_ok=True)
         self._resources.close()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
-from harness.result import CellResult
 from harness.redact import clean_of_secrets
+from harness.result import CellResult
 
 NAME = "ledger.ndjson"
 PACKED = f"{NAME}.xz"  # how committed evidence keeps it

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what the harness writes: by the name of a variable, by option, and by the known shapes of tokens."""
+"""Keeps secrets out of what the harness writes: by a variable's name, by option, and by the shapes of tokens."""
 
 import os
 import re

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from harness.chosen import Chosen
 from harness.frozen import content_hash
+from harness.hardware import Hardware
 from harness.ledger import LedgerBusy
 from harness.matrix import PlannedCell
 from harness.result import CellResult
@@ -55,7 +56,7 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     from harness.cli import UsageError
 
     options, plan = request.options, request.plan
-    runtime, why = choose_runtime(options.runtime)
+    runtime, why = choose_runtime(options.runtime, request.hardware)
     assumed = [device.family for device in request.hardware if not device.detected]
     if assumed:
         raise UsageError(f"--hardware {','.join(assumed)}: not on this host, so it goes with --list and --dry-run only")
@@ -115,15 +116,30 @@ def resume_command(run_dir: Path) -> str:
     return f"./test_helix.sh --resume {run_dir.name if run_dir.parent == RUNS else run_dir}"
 
 
-def choose_runtime(asked: str) -> tuple[str, str]:
-    """(runtime, why). Raises UsageError for `docker`, which is not built yet."""
+def choose_runtime(asked: str, hardware: Sequence[Hardware]) -> tuple[str, str]:
+    """(runtime, why): `auto` takes containers on a host with GPUs, Docker and an image of this code.
+
+    Raises UsageError for `docker` where no daemon answers, or where the image is missing.
+    """
     from harness.cli import UsageError
 
-    if asked == "docker":
-        raise UsageError("--runtime docker is not built yet; allowed: auto, process")
     if asked == "process":
         return "process", "as asked"
-    return "process", "auto: containers are not built yet, so servers run as processes of this user"
+    if asked == "auto" and all(device.family == "cpu" for device in hardware):
+        return "process", "auto: no GPU here, so servers run as processes of this user"
+    from harness.server.containers import Containers, NoDocker
+
+    try:
+        images = Containers.found().images
+        needed = sorted({"cpu" if device.family == "cpu" else "cuda" for device in hardware})
+        if missing := [kind for kind in needed if kind not in images]:
+            raise NoDocker(f"no image of this code; build it: python -m harness images build {missing[0]}")
+    except NoDocker as problem:
+        if asked == "docker":
+            raise UsageError(f"--runtime docker: {problem}") from None
+        return "process", f"auto: {problem}"
+    told = ", ".join(f"{kind} {images[kind].digest.removeprefix('sha256:')[:12]}" for kind in needed)
+    return "docker", f"{'as asked' if asked == 'docker' else 'auto'}; images: {told}"
 
 
 def make_run_dir(asked: str | None, plan: Sequence[PlannedCell]) -> Path:

@@ -1,5 +1,6 @@
 """The scheduler: baselines first, dependents when their baseline is there, one row for every cell whatever happens."""
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -17,7 +18,7 @@ from harness.bench.cells import run_bench
 from harness.bench.measure import Where
 from harness.capacity import capacity
 from harness.cell import Cell
-from harness.executors.local import Attempt, LocalExecutor
+from harness.executors.local import Attempt, LocalExecutor, workload_for
 from harness.hardware import detect
 from harness.ledger import Ledger, clock_jumps, now, read
 from harness.localise import can_localise, describe, with_capture
@@ -100,7 +101,7 @@ class _Run:
         self.executor = executor
         self.ledger = Ledger(run_dir)
         self.hardware = [str(device) for device in detect()]
-        self.versions = versions()
+        self.versions = tuple({**dict(versions()), **place.versions}.items())
         self.results: dict[str, CellResult] = {}
         self.references: dict[str, Transcript | None] = {}  # of finished baselines, by key; None: it failed
         self.bands = Bands(run_dir / "bands")
@@ -220,6 +221,9 @@ class _Run:
         else:
             self.ledger.cell_start(cell.id)
             self.progress(f"start     {cell.id}")
+            if cell.baseline and item.declared is not Verdict.REJECTED:
+                with contextlib.suppress(LookupError, ValueError):  # said by the attempt, as this cell's reason
+                    self.progress(f"asks      {workload_for(cell).told()}")
             attempt, seen, number = self._attempts(item, follow)
         if self.executor.cancel.is_set() and item.skip is None:
             return
@@ -238,7 +242,7 @@ class _Run:
             self.progress(f"{result.verdict:<8}  {cell.id}: {result.reason}")
 
     def _bench(self, item: PlannedCell) -> None:
-        """A measured cell, to its row: it runs its own baseline. Finished rounds stay in its folder for a resumed run."""
+        """A measured cell, to its row: it runs its own baseline. Its folder keeps finished rounds for a resumed run."""
         cell = item.cell
         self.ledger.cell_start(cell.id)
         self.progress(f"start     {cell.id}")

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import psutil
 
-
 SHM = "/dev/shm/"
 #: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
 #: Not `sem.mp-`: glibc maps a semaphore under another name, so one in use elsewhere cannot be told from an orphan.
@@ -116,7 +115,7 @@ def guard(command: list[str], grace: float) -> int:
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tree = Tree()
     scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
-    told, log = _Told(), _Log()
+    told, log = Told(), Log()
     try:
         process = subprocess.Popen(
             command,
@@ -164,7 +163,7 @@ def kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:
     return next((int(field[1]) for field in fields if field[0] == "oom_kill"), 0)
 
 
-class _Log:
+class Log:
     """The server's log, which is this process's standard output. A flood is cut in the middle, where nobody reads."""
 
     _PUNCH_KEEPING_SIZE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -181,7 +180,7 @@ class _Log:
             self.cut = end
 
 
-class _Told:
+class Told:
     """What the harness says on standard input, and SIGTERM. `stop` and `kill` wait up to `seconds` for a word."""
 
     def __init__(self) -> None:

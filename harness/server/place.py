@@ -1,7 +1,7 @@
 """Where servers run: as processes of this user, or in containers. Both are given the same launch."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from harness.cell import Cell
 from harness.server.launch import Launch, make_launch
@@ -15,6 +15,11 @@ class Place(Protocol):
     name: str
     image: str
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions that differ from this environment's, by name."""
+        ...
+
     def launch(self, cell: Cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
         """What is started for `cell`: with these GPUs, answering on 127.0.0.1:`port`. `folder` is the cell's own."""
         ...
@@ -25,6 +30,7 @@ class Processes:
 
     name = "process"
     image = ""
+    versions: ClassVar[dict[str, str]] = {}
 
     def launch(self, cell: Cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
         made = make_launch(cell, folder, port)
@@ -39,7 +45,7 @@ def make_place(runtime: str) -> Place:
     if runtime == "process":
         return Processes()
     if runtime == "docker":
-        from harness.server.container import Containers
+        from harness.server.containers import Containers
 
         return Containers.found()
     raise ValueError(f"runtime {runtime!r}; allowed: {', '.join(RUNTIMES)}")

@@ -85,7 +85,8 @@ def test_a_bare_call_prints_help(call):
         (["--jobs", "2"], "nothing to do"),
         (["--all", "--jobs", "0"], "allowed: a whole number from 1"),
         (["--all", "--runtime", "podman"], "'auto', 'process', 'docker'"),
-        (["--all", "--runtime", "docker"], "not built yet; allowed: auto, process"),
+        (["--resume", "--all"], "leave out --all"),
+        (["--resume", "no-such-run"], "no run with a ledger.ndjson there"),
         (["--suite", "smoek", "--list"], "did you mean 'smoke'? "),
         (["--cell", "nothing/*", "--list"], "matches none"),
         (["--hardware", "volta", "--list"], "allowed: cpu, ampere"),
@@ -180,7 +181,7 @@ def test_a_run_reports_and_ends_0(call, fake, tmp_path):
     assert (len(plan), jobs, runtime) == (4, 2, "process")
     assert run_dir.is_dir()
     assert run_dir.parent == tmp_path / "runs"
-    assert "runtime: process (auto: containers are not built yet" in out
+    assert "runtime: process (auto: no GPU here" in out
     assert f"start {SMOKE_HELIX}" in out
     assert "4 cells: 3 pass, 1 rejected" in out
     assert out.splitlines()[-1] == f"report: {run_dir}/index.html"

@@ -1,0 +1,134 @@
+"""Containers as the place where servers run: a launch as for a process, told in the container's own paths and port."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from harness.cell import Cell, python
+from harness.server.container import GUARD_LABEL, PORT, identity
+from harness.server.launch import Launch, make_launch
+
+if TYPE_CHECKING:
+    from harness.images import Built
+
+#: Variables of the harness's own environment that change how vLLM computes; all others stay outside.
+_PASSED = ("VLLM_", "HELIX_", "NCCL_", "TORCHDYNAMO_", "OMP_", "HF_HUB_OFFLINE", "FLASHINFER_")
+_HERE_ONLY = ("HELIX_CACHE", "HELIX_LEASES", "HELIX_VENV")
+
+
+class NoDocker(ValueError):
+    """Containers cannot be had here; the text says why and what to do."""
+
+
+class Containers:
+    """Servers run in images that `harness.images` built of this very code, one for CPU cells and one for GPU cells.
+
+    `memory`: a limit for each container, as Docker writes it.
+    """
+
+    name = "docker"
+
+    def __init__(self, images: "dict[str, Built]", memory: str = ""):
+        self.images = images
+        self.memory = memory
+
+    @classmethod
+    def found(cls) -> "Containers":
+        """With the images that are there. NoDocker where no daemon answers. What killed guards left is removed."""
+        client = connect()
+        remove_orphans(client)
+        from harness.images import current
+
+        return cls(current(client))
+
+    @property
+    def image(self) -> str:
+        return " ".join(f"{kind}={built.digest}" for kind, built in sorted(self.images.items()))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions that are the image's and not this environment's."""
+        found = {f"image {kind}": built.digest.removeprefix("sha256:")[:12] for kind, built in self.images.items()}
+        vllm = sorted({built.vllm for built in self.images.values()})
+        return {**({"vllm": " and ".join(vllm)} if vllm else {}), **found}
+
+    def launch(self, cell: Cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
+        made = make_launch(cell, folder, port)
+        kind = "cpu" if cell.hardware == "cpu" else "cuda"
+        image = self.images[kind].digest if kind in self.images else f"helix-{kind} of this code"
+        mounts, names = [], {}
+        if Path(made.model).is_dir():
+            names[made.model] = f"/models/{Path(made.model).name}"
+            mounts.append(f"{made.model}:{names[made.model]}:ro")
+        elif (hub := hub_cache()).is_dir():
+            mounts.append(f"{hub}:/models/hub:ro")
+        if made.proof_dir:
+            made.proof_dir.mkdir(parents=True, exist_ok=True)
+            made.proof_dir.chmod(0o777)  # written by the container's user
+            names[str(made.proof_dir)] = "/proof"
+            mounts.append(f"{made.proof_dir}:/proof:rw")
+        env = {name: value for name, value in made.env if name.startswith(_PASSED) and name not in _HERE_ONLY}
+        env |= {**dict(cell.env), **({} if Path(made.model).is_dir() else {"HF_HUB_CACHE": "/models/hub"})}
+        options = ["--image", image, "--port", str(port)]
+        for option, values in (("--mount", mounts), ("--gpu", gpus), ("--env", sorted(env))):
+            options += [word for value in values for word in (option, value)]
+        options += ["--memory", self.memory] if self.memory else []
+        guarded = {**{name: value for name, value in os.environ.items() if name not in env}, **env}
+        return made.model_copy(
+            update={
+                "argv": tuple(_inside(made.argv, names)),
+                "env": tuple(sorted(guarded.items())),
+                "guard": ("harness.server.container", *options),
+            }
+        )
+
+
+def _inside(argv: tuple[str, ...], names: dict[str, str]) -> list[str]:
+    """The same command in the container's paths, listening where the host's port is published."""
+    words = list(argv)
+    words[0] = "python3" if words[0] == python() else words[0]
+    words[words.index("--host") + 1] = "0.0.0.0"  # of the container, which has a network of its own
+    words[words.index("--port") + 1] = str(PORT)
+    for outside, inside in names.items():
+        words = [word.replace(outside, inside) for word in words]
+    return words
+
+
+def hub_cache() -> Path:
+    """Where models from the hub lie on this host."""
+    root = os.environ.get("HF_HUB_CACHE") or f"{os.environ.get('HF_HOME') or Path.home() / '.cache/huggingface'}/hub"
+    return Path(root)
+
+
+def connect():
+    """A client of the Docker daemon. NoDocker, with the reason, where there is none."""
+    try:
+        import docker
+        from docker.errors import DockerException
+    except ImportError:
+        raise NoDocker("the Docker SDK is not installed; pip install 'helix-parallel[docker]'") from None
+    try:
+        client = docker.from_env(timeout=30)
+        client.ping()
+        return client
+    except (DockerException, OSError) as problem:
+        raise NoDocker(f"no Docker daemon answers ({problem}); start it, or use --runtime process") from None
+
+
+def remove_orphans(client) -> list[str]:
+    """Remove containers whose guard is dead, which a guard killed by -9 leaves; returns their names."""
+    removed = []
+    for container in client.containers.list(all=True, filters={"label": GUARD_LABEL}):
+        if not _lives(container.labels[GUARD_LABEL]):
+            container.remove(force=True, v=True)
+            removed.append(container.name)
+    return removed
+
+
+def _lives(guard: str) -> bool:
+    try:
+        return identity(psutil.Process(int(guard.partition(":")[0]))) == guard
+    except (psutil.Error, ValueError):
+        return False

@@ -1,0 +1,61 @@
+"""Real vLLM cells of each mode in containers of `images/cpu`, and the same through processes: equal answers."""
+
+import pytest
+import stand_in
+from docker_daemon import cli, daemon
+
+from harness import images
+from harness.cell import Cell, Mode
+from harness.matrix import PlannedCell, baseline_of
+from harness.runner import run
+from harness.server.containers import connect
+from harness.transcript import Transcript
+from harness.verdict import Verdict
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(1800)]
+
+SERVE = (
+    ("dtype", "float32"), ("max-model-len", 2048), ("enforce-eager", True), ("kv-cache-memory-bytes", 2**26),
+    ("max-num-seqs", 16), ("seed", 0),
+)  # fmt: skip
+GQA = {"model": "recipe:llama-k4", "backend": "HELIX_CPU", "serve": (*SERVE, ("block-size", 32))}
+MLA = {"model": "recipe:deepseek-v2", "backend": "HELIX_CPU_MLA", "serve": (*SERVE, ("block-size", 16))}
+COMMON = {"hardware": "cpu", "tp": 2, "kvp": 2, "interleave": 16, "comm": "a2a", "workload": "smoke"}
+CELLS = (
+    Cell(mode=Mode.HELIX_GQA, helix=(("allow_gqa_tpa1", True),), **GQA, **COMMON),
+    Cell(mode=Mode.HELIX_MLA, **MLA, **COMMON),
+    Cell(mode=Mode.STANDARD_DCP, **MLA, **COMMON),
+)
+
+
+@pytest.fixture(scope="module")
+def image():
+    with daemon():
+        client = connect()
+        if "cpu" not in images.current(client):
+            stand_in.make("whole", "helix-stand-in", cli())
+            images.build(client, images.make_plan(client, "cpu", "helix-stand-in", arguments=[("APT", "")]))
+        yield images.current(client)["cpu"]
+        assert client.containers.list(all=True, filters={"label": "helix.guard"}) == []
+
+
+def plan() -> list[PlannedCell]:
+    """The cells with their baselines, of which those are references here."""
+    bases = dict.fromkeys(map(baseline_of, CELLS))
+    common = {"suites": ("test",), "declared": Verdict.PASS, "declared_why": ""}
+    made = [PlannedCell(cell=base, **common) for base in bases]
+    return made + [PlannedCell(cell=cell, baseline=baseline_of(cell), **common) for cell in CELLS]
+
+
+def test_each_mode_says_the_same_in_a_container_and_in_a_process(image, tmp_path):
+    found = {runtime: run(plan(), run_dir=tmp_path / runtime, runtime=runtime) for runtime in ("docker", "process")}
+    assert {str(result.cell.mode) for result in found["docker"]} == {str(mode) for mode in Mode}
+    for inside, outside in zip(found["docker"], found["process"], strict=True):
+        assert (inside.verdict, inside.cell.id) == (Verdict.PASS, inside.cell.id), inside.reason
+        assert outside.verdict is Verdict.PASS, outside.reason
+        assert inside.transcript_digest == outside.transcript_digest
+        assert inside.command == outside.command
+    assert dict(found["docker"][0].versions)["image cpu"] == image.digest.removeprefix("sha256:")[:12]
+    transcripts = sorted(tmp_path.glob("docker/cells/*/transcript.json"))
+    assert len(transcripts) == len(CELLS) + 2
+    assert all(Transcript.load(path).answers for path in transcripts)
