@@ -57,6 +57,7 @@ class Fit:
 ASSUMED = {
     "stream": Fit(0.8),
     "attention": Fit(0.75),
+    "latent attention": Fit(0.75),
     "weights": Fit(0.75),
     "pack": Fit(0.3, overhead=4e-6),
     "combine": Fit(0.4, overhead=2e-6),
@@ -136,17 +137,18 @@ def calibrate(
 ) -> Calibration:
     """The calibration for `gpu` (a key of `hardware.json`): fits where it, or another, was measured, else assumptions.
 
-    `backend`: attention measured with it is preferred. `given` replaces what is read from `folder`.
+    `backend`: attention measured with it is preferred; else the fastest backend of each case counts. `given` replaces
+    what is read from `folder`.
     """
     found = read_measurements(folder) if given is None else None
     every = tuple(found.measurements if found else given)
     fits = dict(ASSUMED)
     for kind in ASSUMED:
         own = [m for m in every if m.kind == kind and _SERVED.get(kind, m.series) == m.series]
-        if kind == "stream":
-            own = _fastest(own)
-        if kind == "attention" and (mine := [m for m in own if m.series == backend]):
+        if kind.endswith("attention") and len(mine := [m for m in own if m.series == backend]) >= ENOUGH:
             own = mine
+        elif kind == "stream" or kind.endswith("attention"):
+            own = _fastest(own)
         here = [m for m in own if m.device == gpu]
         if len(here) >= ENOUGH:
             fits[kind] = fitted(here)
@@ -155,7 +157,7 @@ def calibrate(
             source = f"{carried.source}, carried over from {', '.join(sorted({m.device for m in own}))}"
             fits[kind] = replace(carried, band=carried.band + CARRIED_BAND, source=source)
     # Without measurements of their own, attention and GEMMs stream memory as a copy does, at best.
-    for kind in ("attention", "weights"):
+    for kind in ("attention", "latent attention", "weights"):
         if not fits[kind].measured and fits["stream"].measured:
             efficiency = fits["stream"].efficiency
             fits[kind] = Fit(efficiency, source=f"assumed as fast as a copy ({efficiency:.2f} of the data sheet)")
@@ -163,7 +165,7 @@ def calibrate(
 
 
 def _fastest(copies: Sequence[Measurement]) -> list[Measurement]:
-    """The fastest way to copy, case by case: what the memory can do."""
+    """The fastest series, case by case: what the memory can do, or the best backend."""
     best: dict[tuple[str, str], Measurement] = {}
     for one in copies:
         key = (one.source, one.case)

@@ -48,6 +48,7 @@ class Cost:
     """Seconds of one decode step by term, and whether attention is bound by arithmetic; arrays as long as the grid."""
 
     terms: dict[str, np.ndarray]
+    latent: bool
     attention_computes: np.ndarray
     weights_compute: np.ndarray
 
@@ -57,7 +58,8 @@ class Cost:
 
     def band(self, calibration: Calibration) -> tuple[np.ndarray, np.ndarray]:
         """(low, high) of the total, every term at the edge of its own band."""
-        factor = {term: np.exp(calibration[CLASS_OF[term]].band) for term in TERMS}
+        kinds = CLASS_OF | ({"attention": "latent attention"} if self.latent else {})
+        factor = {term: np.exp(calibration[kinds[term]].band) for term in TERMS}
         low = sum(seconds / factor[term] for term, seconds in self.terms.items())
         return low, sum(seconds * factor[term] for term, seconds in self.terms.items())
 
@@ -89,7 +91,7 @@ def decode(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, l
         "all-reduce": reduce * layers + between,
         "launch": launch + np.zeros(len(grid)),
     }
-    return Cost(terms, computes, busy)
+    return Cost(terms, shape.use_mla, computes, busy)
 
 
 def prefill(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, chunk: int = 8192) -> np.ndarray:
@@ -104,7 +106,7 @@ def prefill(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, 
     seconds = 2 * linear * tokens / rate
     mla = shape.mla
     pair = (mla.qk_nope_head_dim + mla.qk_rope_head_dim + mla.v_head_dim) if mla else 2 * shape.head_size
-    arithmetic = gpu.arithmetic("bf16") * calibration["attention"].efficiency
+    arithmetic = gpu.arithmetic("bf16") * calibration["latent attention" if mla else "attention"].efficiency
     seconds = seconds + layers * pair * shape.num_query_heads / ranks * tokens**2 / arithmetic
     moved = tokens * shape.hidden_size * ACTIVATION
     seconds = seconds + 2 * layers * _all_reduce(moved, grid.output, gpu, calibration)
@@ -169,8 +171,8 @@ def _attention(
     memory = tokens * cached_bytes(workload, grid) / shape.num_layers * grid.stages / gpu.bandwidth
     pair = 2 * (shape.mla.latent_size + shape.mla.kv_lora_rank) if shape.mla else 4 * shape.head_size
     arithmetic = tokens * pair * shape.num_query_heads / grid.tpa / gpu.arithmetic(workload.kv)
-    fit = calibration["attention"]
-    return np.maximum(memory, arithmetic) / fit.efficiency + fit.overhead, arithmetic > memory
+    fit = calibration["latent attention" if shape.use_mla else "attention"]
+    return fit.predict(np.maximum(memory, arithmetic)), arithmetic > memory
 
 
 def _matmul(

@@ -28,6 +28,7 @@ CLASSES = {
     "all_reduce": "all-reduce",
     "all_to_all": "all-to-all",
     "all_gather": "all-gather",
+    "read": "stream",
 }
 #: Series that stand for the machine rather than for the operation.
 _COPY, _EMPTY = "copy_", "empty"
@@ -83,6 +84,8 @@ def _of_row(row: dict, gpu: Gpu, source: str) -> Iterator[Measurement]:
     kind = next((kind for prefix, kind in CLASSES.items() if operation.startswith(prefix)), None)
     if kind is None:
         raise ValueError(f"operation {operation!r}; known: {', '.join(CLASSES)}")
+    if kind == "attention" and "MLA" in str(row.get("case", "")):
+        kind = "latent attention"
     nbytes, flops = float(row["bytes"]), float(row.get("flops", 0))
     named = re.search(r"\bN(\d+)\b", str(row.get("case", "")))
     ranks = int(row.get("ranks", named[1] if named else 1))
