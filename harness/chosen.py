@@ -1,6 +1,7 @@
 """What selects the cells of a run: written into its ledger at the start, read back by `--resume`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,7 +11,10 @@ from harness.frozen import Frozen
 
 
 class Chosen(Frozen):
-    """As on the command line. `suites` is empty for `--all` and where only cells were named; files are absolute."""
+    """As on the command line. `suites` is empty for `--all` and where only cells were named; files are absolute.
+
+    Of a shard, `cells` are its cells by id, so that it is continued as it was cut; `expected` are those of all shards.
+    """
 
     suites: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
@@ -18,17 +22,22 @@ class Chosen(Frozen):
     share_gpu: bool = False
     runtime: str = "auto"
     repeat: int = 1
+    shard: str = ""
+    expected: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> "Chosen":
+    def of(cls, options: argparse.Namespace, plan: Sequence[str] = (), whole: Sequence[str] = ()) -> "Chosen":
+        """`plan` and `whole`: the ids of a shard and of all shards."""
         files = (".yaml", ".yml")
         return cls(
             suites=tuple(str(Path(name).resolve()) if name.endswith(files) else name for name in options.suite),
-            cells=tuple(options.cell),
+            cells=tuple(plan if options.shard else options.cell),
             hardware=tuple(options.hardware),
             share_gpu=options.share_gpu,
             runtime=options.runtime,
             repeat=options.repeat,
+            shard=str(options.shard or ""),
+            expected=tuple(whole) if options.shard else (),
         )
 
     def onto(self, options: argparse.Namespace) -> argparse.Namespace:

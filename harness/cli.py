@@ -15,7 +15,9 @@ from harness import listing, pytest_front
 from harness.chosen import find_run, read_chosen
 from harness.hardware import Hardware, choose, detect
 from harness.matrix import PlanError, PlannedCell, expand, select
+from harness.need import Room, fit, host_cores, host_memory
 from harness.run import RUNS, run
+from harness.shard import Shard, cut, known_seconds, parse
 from harness.suite import Family, Suite, load_all
 from harness.yaml_file import SuiteError
 
@@ -32,6 +34,7 @@ examples:
   ./test_helix.sh --all --hardware hopper --dry-run      what a Hopper host would run
   ./test_helix.sh --all --share-gpu                      … on a host with one GPU
   ./test_helix.sh --resume                               what the last run, cut off, did not finish
+  ./test_helix.sh --all --shard 2/3                      the second of three hosts' parts
   ./test_helix.sh doctor                                 what this host can run, and what it lacks
 
 exit status:
@@ -74,8 +77,16 @@ class Request:
         return load_all(self.options.suite)
 
     @cached_property
+    def whole(self) -> list[PlannedCell]:
+        """The plan of all shards."""
+        plan = select(expand(self.suites, self.hardware, self.options.share_gpu), self.options.cell)
+        return fit(plan, Room(cores=host_cores(), memory_bytes=host_memory()))
+
+    @cached_property
     def plan(self) -> list[PlannedCell]:
-        return select(expand(self.suites, self.hardware, self.options.share_gpu), self.options.cell)
+        if (shard := self.options.shard) is None:
+            return self.whole
+        return cut(self.whole, shard.parts, known_seconds(RUNS.parent))[shard.part - 1]
 
 
 class Action(NamedTuple):
@@ -161,6 +172,9 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--repeat", type=_positive, default=1, metavar="N", help="judge each cell N times; `flaky` where they disagree"
     )
+    how.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="the I-th of N parts that take about as long; then merge"
+    )
     how.add_argument("--run-dir", metavar="DIR", help="folder of this run (default reports/runs/TIME-HASH)")
     how.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="continue a run that was cut off (default: the last one)"
@@ -192,6 +206,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _shard(text: str) -> Shard:
+    try:
+        return parse(text)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
 def _check(options: argparse.Namespace) -> None:
     """Combinations that argparse cannot refuse."""
     if options.all and options.suite:
@@ -202,7 +223,7 @@ def _check(options: argparse.Namespace) -> None:
         others = {
             "--all": options.all, "--suite": options.suite, "--cell": options.cell, "--hardware": options.hardware,
             "--share-gpu": options.share_gpu, "--run-dir": options.run_dir, "--runtime": options.runtime != "auto",
-            "--repeat": options.repeat != 1,
+            "--repeat": options.repeat != 1, "--shard": options.shard,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"--resume runs what that run was asked for; leave out {', '.join(given)}")

@@ -56,10 +56,12 @@ class Ledger:
         argv: list[str],
         chosen: dict | None = None,
         kept: list[str] | None = None,
+        setting: dict | None = None,
     ) -> None:
-        """`chosen`: what selects the cells again; `kept`: ids that a resumed run does not run again."""
+        """`chosen`: what selects the cells again; `kept`: ids that a resumed run does not run again; `setting`:
+        `harness.resume.Setting`."""
         resumed = {} if kept is None else {"resumed": True, "kept": kept}
-        more = {"argv": argv, "chosen": chosen or {}, **resumed}
+        more = {"argv": argv, "chosen": chosen or {}, **resumed, **({"setting": setting} if setting else {})}
         self._append({"event": "run-start", "run": run, "planned": planned, "hardware": hardware, **more})
 
     def cell_start(self, cell_id: str) -> None:

@@ -67,16 +67,18 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     print(f"runtime: {runtime} ({why})")
     print(
         f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {options.jobs}"
+        + (f"; shard {options.shard} of {len(request.whole)} cells" if options.shard else "")
     )
     print(f"folder: {shown(run_dir)}", flush=True)
 
     runner = runner or _runner()
     interrupted = False
+    chosen = Chosen.of(options, *([item.cell.id for item in cells] for cells in (plan, request.whole)))
     try:
         with _progress(run_dir, plan, options.jobs) as progress:
             results = runner(
                 plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=progress, repeat=options.repeat,
-                resume=resume, chosen=Chosen.of(options).model_dump(mode="json"),
+                resume=resume, chosen=chosen.model_dump(mode="json"),
             )  # fmt: skip
     except LedgerBusy as error:
         raise UsageError(f"{error}; wait for it, or end it") from error

@@ -118,7 +118,8 @@ class _Run:
     def run(self, resume: bool = False, chosen: dict | None = None) -> list[CellResult]:
         planned = [item.cell.id for item in self.plan]
         kept = self._keep() if resume else None
-        self.ledger.run_start(self.run_dir.name, planned, self.hardware, sys.argv, chosen, kept)
+        setting = self.setting.model_dump(mode="json")
+        self.ledger.run_start(self.run_dir.name, planned, self.hardware, sys.argv, chosen, kept, setting)
         todo = [item for item in self.plan if item.cell.key not in self.results]
         waiting = sorted(todo, key=self._order)
         running: set[Future] = set()
