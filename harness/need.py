@@ -1,10 +1,12 @@
 """What a cell takes of a host while its server runs, and what a host has to give."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.cell import Cell
 from harness.frozen import Frozen
+from harness.matrix import PlannedCell
 
 GIB = 2**30
 #: Of one CPU server: the parent, and each rank beside its KV cache. Measured (PSS) on `llama-k4` and `deepseek-v2` in
@@ -67,3 +69,20 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 def host_cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def fit(plan: Sequence[PlannedCell], room: Room) -> list[PlannedCell]:
+    """`plan` with those CPU cells skipped that take more than `room`, and what is compared with them."""
+    lacks: dict[str, str] = {}
+    fitted = []
+    for item in plan:
+        lack = None
+        if item.skip is None and item.cell.hardware == "cpu":
+            lack = room.lacks(need_of(item.cell, room.cores))
+        if lack is None and item.baseline is not None and item.baseline.key in lacks:
+            lack = f"its baseline {item.baseline.id} is skipped: {lacks[item.baseline.key]}"
+        if lack is not None:
+            lacks[item.cell.key] = lack
+            item = item.model_copy(update={"skip": lack})
+        fitted.append(item)
+    return fitted

@@ -1,0 +1,202 @@
+"""Leases across processes: held alone, back from the dead, and small requests starve no large one."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from harness import lease as leases
+from harness.cell import Cell, Mode
+from harness.gpus import GpuMemory, visible
+from harness.lease import Cancelled, Host
+from harness.matrix import PlannedCell
+from harness.need import GIB, Need, Room, fit, host_memory, need_of
+from harness.verdict import Verdict
+
+ROOM = Room(gpus=("GPU-a", "GPU-b", "GPU-c"), cores=4, memory_bytes=8 * GIB)
+HOLDER = """
+import os, subprocess, sys, time
+from harness.lease import Host
+from harness.need import Need, Room
+host = Host(Room(gpus=("GPU-a", "GPU-b", "GPU-c"), cores=4, memory_bytes=8 * 2**30))
+lease = host.take(Need(gpus=2, cores=3, memory_bytes=2**30))
+child = None
+if sys.argv[1] == "with-guard":
+    child = subprocess.Popen(["sleep", "60"], pass_fds=(lease.descriptor,))
+print(*lease.gpus, child.pid if child else 0, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HELIX_LEASES", str(tmp_path / "leases"))
+    return tmp_path / "leases"
+
+
+@pytest.fixture
+def holder():
+    """`holder(how)`: another process that holds two GPUs and three cores; (its process, its child's pid)."""
+    made: list[subprocess.Popen] = []
+
+    def hold(how: str = "alone") -> tuple[subprocess.Popen, int]:
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, how], stdout=subprocess.PIPE, text=True)
+        made.append(process)
+        said = process.stdout.readline().split()
+        assert said[:2] == ["GPU-a", "GPU-b"]
+        return process, int(said[2])
+
+    yield hold
+    for process in made:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_another_process_has_the_rest(holder):
+    holder()
+    host = Host(ROOM)
+    assert host.take(Need(gpus=2, cores=1)) is None
+    assert host.take(Need(gpus=1, cores=2)) is None
+    lease = host.take(Need(gpus=1, cores=1))
+    assert lease.gpus == ("GPU-c",) and lease.port in leases.PORTS
+    assert lease.release() is None
+
+
+def test_what_a_killed_holder_had_comes_back(holder, folder):
+    process, _ = holder()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lease = Host(ROOM).take(Need(gpus=3, cores=4, memory_bytes=8 * GIB))
+    assert lease.gpus == ("GPU-a", "GPU-b", "GPU-c")
+    lease.release()
+    assert list(folder.glob("lease-*")) == []
+
+
+def test_a_guard_keeps_the_lease_of_its_killed_harness(holder):
+    process, child = holder("with-guard")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    host = Host(ROOM)
+    assert host.take(Need(gpus=2)) is None
+    os.kill(child, signal.SIGKILL)
+    assert host.wait(Need(gpus=2), threading.Event()).release() is None
+
+
+def test_memory_is_counted():
+    host = Host(ROOM)
+    first = host.take(Need(memory_bytes=5 * GIB))
+    assert host.take(Need(memory_bytes=4 * GIB)) is None
+    second = host.take(Need(memory_bytes=3 * GIB))
+    assert first and second and first.port != second.port
+    first.release()
+    second.release()
+
+
+def test_a_lack_is_told_with_its_arithmetic():
+    host = Host(ROOM)
+    with pytest.raises(ValueError, match="needs 4 GPUs; this host lends 3"):
+        host.take(Need(gpus=4))
+    with pytest.raises(ValueError, match=r"needs 9\.0 GiB of memory \(1 \+ 8\); this host has 8\.0 GiB"):
+        host.take(Need(memory_bytes=9 * GIB, why="1 + 8"))
+
+
+def test_a_request_that_waited_is_not_starved_by_small_ones(monkeypatch):
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    host, cancel = Host(ROOM), threading.Event()
+    small = host.take(Need(cores=1))
+    found: list = []
+    large = threading.Thread(target=lambda: found.append(host.wait(Need(cores=4), cancel)))
+    large.start()
+    until = time.monotonic() + 20
+    while not list(leases.lease_folder().glob("want-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert host.take(Need(cores=1)) is None  # three cores are free, and kept for who came first
+    small.release()
+    large.join(20)
+    assert found[0].need.cores == 4
+    found[0].release()
+    assert list(leases.lease_folder().glob("want-*")) == []
+
+
+def test_waiting_can_be_cancelled():
+    host, cancel = Host(ROOM), threading.Event()
+    held = host.take(Need(cores=4))
+    cancel.set()
+    with pytest.raises(Cancelled):
+        host.wait(Need(cores=1), cancel)
+    held.release()
+
+
+def test_a_gpu_that_keeps_its_memory_is_quarantined_until_it_is_free(monkeypatch):
+    used = {"GPU-a": 1 * GIB, "GPU-b": 0, "GPU-c": 0}
+    monkeypatch.setattr(leases, "memory_of", lambda gpu: GpuMemory(used[gpu], 80 * GIB))
+    host = Host(ROOM)
+    lease = host.take(Need(gpus=2))
+    used["GPU-a"] = 30 * GIB
+    told = lease.release(patience=0.0)
+    assert "GPU GPU-a still uses 30.0 of 80.0 GiB" in told and "GPU-b" not in told
+    again = host.take(Need(gpus=2))
+    assert again.gpus == ("GPU-b", "GPU-c")
+    assert again.release(patience=0.0) is None
+    used["GPU-a"] = 1 * GIB + 2**20
+    assert host.take(Need(gpus=3)).release(patience=0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("", ()),
+        ("1", ("GPU-bb",)),
+        ("2,0", ("GPU-cc", "GPU-aa")),
+        ("GPU-c,GPU-aa", ("GPU-cc", "GPU-aa")),
+        ("0,7,1", ("GPU-aa",)),  # as CUDA does: the first that names nothing ends the list
+        ("MIG-x", ("MIG-x",)),
+    ],
+)
+def test_leases_stay_inside_cuda_visible_devices(asked, found):
+    assert visible(asked, ["GPU-aa", "GPU-bb", "GPU-cc"]) == found
+
+
+def cell(tp: int, **fields) -> Cell:
+    return Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=tp, **fields)
+
+
+def test_what_cells_need():
+    need = need_of(cell(8, serve=(("kv-cache-memory-bytes", 2**29),)), cores=2)
+    assert (need.gpus, need.cores, need.memory_bytes) == (0, 2, 1 * GIB + 8 * 1 * GIB)
+    assert need.why == "1.0 GiB + 8 ranks x 1.00 GiB"
+    gpu = cell(4).model_copy(update={"hardware": "hopper"})
+    assert need_of(gpu, 16).gpus == 4
+    assert need_of(gpu.model_copy(update={"helix": (("share_gpu", True),)}), 16).gpus == 1
+
+
+def test_a_cell_beyond_the_host_is_skipped_with_what_is_compared_with_it():
+    big, small = cell(8, serve=(("kv-cache-memory-bytes", 2**30),)), cell(1, serve=(("kv-cache-memory-bytes", 2**30),))
+    follows = small.model_copy(update={"serve": (("kv-cache-memory-bytes", 2**20),)})
+    common = {"suites": ("s",), "declared": Verdict.PASS, "declared_why": ""}
+    plan = [
+        PlannedCell(cell=big, **common), PlannedCell(cell=small, **common),
+        PlannedCell(cell=follows, baseline=big, **common),
+    ]  # fmt: skip
+    skips = [item.skip for item in fit(plan, Room(cores=2, memory_bytes=4 * GIB))]
+    assert skips[0] == (
+        "needs 13.0 GiB of memory (1.0 GiB + 8 ranks x 1.50 GiB); this host has 4.0 GiB"
+    )
+    assert skips[1] is None
+    assert skips[2].startswith("its baseline") and "needs 13.0 GiB" in skips[2]
+
+
+def test_memory_is_the_least_of_host_and_control_groups(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       16777216 kB\nMemFree: 1 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    (tmp_path / "cg/a/b").mkdir(parents=True)
+    assert host_memory(tmp_path / "proc", tmp_path / "cg") == 16 * GIB
+    (tmp_path / "cg/a/b/memory.max").write_text("max\n")
+    (tmp_path / "cg/a/memory.max").write_text(f"{2 * GIB}\n")
+    assert host_memory(tmp_path / "proc", tmp_path / "cg") == 2 * GIB
