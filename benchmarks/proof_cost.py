@@ -53,7 +53,7 @@ def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) 
     if seen != layers:
         raise SystemExit(f"a replay counted {seen} combines, not {layers}: the counters do not work under CUDA graphs")
 
-    context = SimpleNamespace(proof=proof, interleave=16, kvp_rank=1)
+    context = SimpleNamespace(proof=proof, interleave=16, kvp=2, kvp_rank=1)
     slots = torch.arange(batch, device="cuda") - batch // 2
     starts = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
     positions = torch.arange(batch, device="cuda")

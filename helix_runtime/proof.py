@@ -38,6 +38,7 @@ COUNTERS = (
     "all_gather",  # AllGathers of LSEs really called for a combine (CPU)
     "reduce_scatter",  # ReduceScatters really called for a combine (CPU)
     "exchange_members",  # members of the groups of these three, summed over calls
+    "misplaced_tokens",  # tokens written to a rank that does not own them, or not written by the one that does
 )
 
 

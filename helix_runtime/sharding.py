@@ -121,6 +121,16 @@ def slot_mapping(
     return out
 
 
+def misplaced(
+    slots: torch.Tensor, positions: torch.Tensor, *, kvp: int, kvp_rank: int, interleave: int = 1
+) -> torch.Tensor:
+    """Which tokens, [T] bool, are written here though another rank owns their position, or owned and not written.
+
+    slots: [T], PAD_SLOT where this rank writes nothing; positions: [T], of each token in its own sequence. No padding.
+    """
+    return (slots != PAD_SLOT) != (owner(positions, kvp, interleave) == kvp_rank)
+
+
 def _check(kvp: int, kvp_rank: int, interleave: int) -> None:
     if kvp < 1 or not 0 <= kvp_rank < kvp:
         raise ValueError(f"kvp_rank {kvp_rank} is not one of the {kvp} ranks 0..{kvp - 1}")

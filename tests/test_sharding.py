@@ -15,6 +15,7 @@ from helix_runtime.sharding import (
     local_index,
     local_length,
     local_lengths,
+    misplaced,
     owner,
     slot_mapping,
 )
@@ -148,3 +149,13 @@ def test_local_lengths_equal_vllm():
         theirs = get_dcp_local_seq_lens(lengths, kvp, None, interleave)
         for rank in range(kvp):
             assert torch.equal(theirs[:, rank], local_lengths(lengths, kvp, rank, interleave)), (kvp, rank, interleave)
+
+
+def test_misplaced_tokens_by_hand():
+    """Interleave 2, two ranks: rank 1 owns positions 2, 3, 6, 7."""
+    positions = torch.tensor([1, 2, 3, 4, 6])
+    right = torch.tensor([-1, 8, 9, -1, 10])
+    wrong = torch.tensor([7, 8, -1, -1, 10])  # 1 is rank 0's, 3 is missing
+    group = {"kvp": 2, "kvp_rank": 1, "interleave": 2}
+    assert not misplaced(right, positions, **group).any()
+    assert misplaced(wrong, positions, **group).tolist() == [True, False, True, False, False]

@@ -80,6 +80,8 @@ def _ownership(proofs: Sequence[RankProof]) -> str | None:
             passed = by_rank[rank].counters.get("global_tokens", 0)
             if passed <= 0:
                 return f"rank {rank}: no token passed its KV update"
+            if wrong := by_rank[rank].counters.get("misplaced_tokens", 0):
+                return f"rank {rank}: {wrong} tokens lie on another rank than the interleave names"
             if owned != passed:
                 return f"group {list(group)} owns {owned} tokens, but {passed} passed rank {rank}"
     return None

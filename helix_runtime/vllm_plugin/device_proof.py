@@ -13,6 +13,7 @@ import torch
 
 from helix_runtime.device_counters import Publisher
 from helix_runtime.proof import PUBLISHED
+from helix_runtime.sharding import misplaced
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
 
@@ -59,9 +60,12 @@ def count_tokens(
     slots: [T or more], -1 for what another rank owns and for padding. query_start_loc: [R + 1 or more], the rest equal
     to the number of real tokens T. positions: [T or more], of each token in its own sequence.
     """
-    proof = context.proof
+    proof, rows = context.proof, len(slots)
     proof.count("local_tokens", (slots >= 0).sum())
     proof.count("global_tokens", query_start_loc[-1])
+    group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
+    real = torch.arange(rows, device=slots.device) < query_start_loc[-1]
+    proof.count("misplaced_tokens", (misplaced(slots, positions[:rows], **group) & real).sum())
     ends = query_start_loc[1:]
     last = positions[(ends - 1).clamp(min=0)]
     # Rank k's shard of a sequence is empty if and only if its length is at most interleave * k.

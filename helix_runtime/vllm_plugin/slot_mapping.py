@@ -8,7 +8,7 @@ Remove when: that function handles `TOTAL_CP_WORLD_SIZE > 1`.
 
 import torch
 
-from helix_runtime.sharding import slot_mapping
+from helix_runtime.sharding import misplaced, slot_mapping
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
 from helix_runtime.vllm_plugin.faults import NOTHING_ARMED, Writing
@@ -37,9 +37,12 @@ def _compute_slot_mapping(original):
             )
 
         slot_of(positions, self.slot_mapping.gpu)
-        context = current()
+        context, tokens = current(), int(starts[-1])
         if context.armed is not NOTHING_ARMED:
-            _strike(context, positions[: int(starts[-1])], starts, slot_of, self.slot_mapping.gpu, self.block_size)
+            _strike(context, positions[:tokens], starts, slot_of, self.slot_mapping.gpu, self.block_size)
+        group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
+        wrong = misplaced(self.slot_mapping.gpu[:tokens], positions[:tokens], **group)
+        context.proof.count("misplaced_tokens", wrong.sum())
 
     return compute_slot_mapping
 

@@ -211,6 +211,7 @@ def test_a_full_proof_is_accepted():
         ({"counters": {"decode_attention": 0}}, "decode_attention is 0"),
         ({"counters": {"decode_attention": 1, "decode_combine": 0}}, "decode_combine is 0"),
         ({"counters": RAN | {"local_tokens": 49}}, "group [2, 3] owns 99 tokens, but 100 passed rank 2"),
+        ({"counters": RAN | {"misplaced_tokens": 3}}, "3 tokens lie on another rank than the interleave names"),
         ({"counters": RAN | {"all_to_all": 0}}, "0 all_to_all exchanges ran where a2a makes 9"),
         ({"counters": RAN | {"all_gather": 9}}, "9 all_gather exchanges ran where a2a makes 0"),
         ({"counters": RAN | {"prefill_combine": 2}}, "9 all_to_all exchanges ran where a2a makes 11"),

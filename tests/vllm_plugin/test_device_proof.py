@@ -101,7 +101,7 @@ def counted():
     def run(kvp_rank: int, slots: list[int], starts: list[int], positions: list[int]) -> dict[str, int]:
         proof = ProofWriter(None, 0)
         counters = proof.count_on(torch.device("cpu"))
-        context = SimpleNamespace(proof=proof, interleave=2, kvp_rank=kvp_rank)
+        context = SimpleNamespace(proof=proof, interleave=2, kvp=2, kvp_rank=kvp_rank)
         count_tokens(context, torch.tensor(slots), torch.tensor(starts), torch.tensor(positions))
         return {name: value for name, value in zip(COUNTERS, counters.read(), strict=True) if value}
 
@@ -115,6 +115,12 @@ def test_padding_is_not_counted(counted):
     assert counted(1, [-1, -1, -1, -1], padded, [5, 1, 0, 0]) == {"global_tokens": 2, "empty_shard": 1}
     # Rank 0 owns 0, 1, 4, 5: both.
     assert counted(0, [37, 12, -1, -1], padded, [5, 1, 0, 0]) == {"local_tokens": 2, "global_tokens": 2}
+
+
+def test_tokens_on_the_wrong_rank_are_told(counted):
+    """Position 5 belongs to rank 0 and position 2 to rank 1; the padding after them to no one."""
+    wrong = counted(0, [-1, 12, -1, -1], [0, 1, 2, 2, 2], [5, 2, 0, 0])
+    assert wrong == {"local_tokens": 1, "global_tokens": 2, "misplaced_tokens": 2}
 
 
 def test_a_prefill_and_a_decode(counted):
