@@ -32,13 +32,17 @@ GPUS = 64
 CLAIMS = {"deepseek-ai/DeepSeek-R1": (1.5, 32.0), "meta-llama/Llama-3.1-405B-Instruct": (1.13, 4.0)}
 #: What explains the differences; the terms below it are computed.
 WHY = {
-    "deepseek-ai/DeepSeek-R1": "TP, EP and PP read the whole latent cache on every rank, and against them both claims are "
-    "met. A Medha-style point shards the sequence as well; its attention keeps TPA > 1, so it reads a part of the query "
-    "weights that Helix for MLA (TPA 1) reads whole. The paper does not say that its baselines held such a point; at "
-    "larger batches Helix is ahead of it again, as the FFN is on all ranks.",
-    "meta-llama/Llama-3.1-405B-Instruct": "Attention takes a quarter of the baseline's time and the FFN half; exchange, "
-    "query weights and a wider all-reduce take part of that back. Launches, the same on both sides, shrink the ratio. With "
-    "HOP-B only one request's exchange is waited for, which is why more users fit a latency than the paper's four.",
+    "deepseek-ai/DeepSeek-R1": (
+        "TP, EP and PP read the whole latent cache on every rank, and against them both claims are met. A Medha-style "
+        "point shards the sequence as well; its attention keeps TPA > 1, so it reads a part of the query weights that "
+        "Helix for MLA (TPA 1) reads whole. The paper does not say that its baselines held such a point; at larger "
+        "batches Helix is ahead of it again, as the FFN is on all ranks."
+    ),
+    "meta-llama/Llama-3.1-405B-Instruct": (
+        "Attention takes a quarter of the baseline's time and the FFN half; exchange, query weights and a wider "
+        "all-reduce take part of that back. Launches, the same on both sides, shrink the ratio. With HOP-B only one "
+        "request's exchange is waited for, which is why more users fit a latency than the paper's four."
+    ),
 }
 BATCHES = tuple(sorted({*range(1, 33), *np.unique(np.geomspace(32, 16384, 160).astype(int)).tolist()}))
 
