@@ -35,6 +35,7 @@ examples:
   ./test_helix.sh --all --share-gpu                      … on a host with one GPU
   ./test_helix.sh --resume                               what the last run, cut off, did not finish
   ./test_helix.sh --all --shard 2/3                      the second of three hosts' parts
+  ./test_helix.sh merge DIR DIR                          several runs as one report
   ./test_helix.sh doctor                                 what this host can run, and what it lacks
 
 exit status:
@@ -51,6 +52,7 @@ SUBCOMMANDS: dict[str, str] = {
     "history": "harness.report.look:history_main",
     "images": "harness.images:main",
     "judge": "harness.oracle.offline:main",
+    "merge": "harness.merge.command:main",
     "plan": "helix_runtime.planner.cli:main",
     "report": "harness.report.look:report_main",
     "starts": "harness.starts:main",

@@ -51,7 +51,8 @@ def cut(plan: Sequence[PlannedCell], parts: int, seconds: Mapping[str, float]) -
     for item in heads:
         new = [[key for key in chains[item.cell.key] if key not in part] for part in found]
         totals = [load + sum(cost[key] for key in keys) for load, keys in zip(loads, new, strict=True)]
-        best = min(range(parts), key=lambda place: (totals[place], len(found[place])))
+        free = totals == loads  # what takes no time is spread by number
+        best = min(range(parts), key=lambda place: (0.0 if free else totals[place], len(found[place])))
         loads[best] = totals[best]
         found[best].update(new[best])
     return [[item for item in plan if item.cell.key in part] for part in found]

@@ -1,0 +1,101 @@
+"""Mixes of runs that would mislead when drawn as one matrix: other suites, other versions, other code of ours."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from harness.frozen import content_hash
+from harness.merge.source import Source
+
+KINDS = ("suites", "versions", "code")
+
+
+class Mix(NamedTuple):
+    """`kind` is the word that allows it."""
+
+    kind: str
+    sentence: str
+
+
+def mixes(sources: Sequence[Source]) -> list[Mix]:
+    """Every way in which `sources` do not belong together."""
+    return [*_suites(sources), *_cells(sources), *_versions(sources), *_code(sources)]
+
+
+def _suites(sources: Sequence[Source]) -> Iterator[Mix]:
+    """What the runs were asked for. Where a ledger does not say, the suites of its cells stand for it."""
+    asked = defaultdict(list)
+    for source in sources:
+        asked[_asked(source) if all(one.chosen for one in sources) else _suites_of(source)].append(source.name)
+    if len(asked) > 1:
+        told = "; ".join(f"{what or 'all suites'} ({', '.join(names)})" for what, names in asked.items())
+        yield Mix("suites", f"the runs were asked for different cells: {told}")
+
+
+def _asked(source: Source) -> str:
+    chosen = source.chosen
+    cells = () if chosen.shard else chosen.cells
+    return " ".join([*sorted(chosen.suites), *(f"--cell {cell}" for cell in sorted(cells))])
+
+
+def _suites_of(source: Source) -> str:
+    return " ".join(sorted({suite for record in source.last for suite in record.result.suites}))
+
+
+def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
+    """The same name must mean the same cell, of which the same is expected."""
+    for word, value in (
+        ("are other cells", lambda one: one.cell.key),
+        ("are declared otherwise", lambda one: one.declared),
+    ):
+        found = defaultdict(set)
+        for source in sources:
+            for record in source.last:
+                found[record.result.cell.id].add(value(record.result))
+        names = sorted(cell_id for cell_id, values in found.items() if len(values) > 1)
+        if names:
+            yield Mix("suites", f"{len(names)} of the same name {word} in different runs: {_few(names)}")
+
+
+def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
+    """vLLM (of cells that ask for the same) and Helix everywhere, torch on the same hardware; no local suffixes."""
+    found: dict[tuple[str, str], dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+    for source in sources:
+        for record in source.last:
+            if not record.judged:
+                continue
+            cell, versions = record.result.cell, dict(record.result.versions)
+            for name, where in (("vllm", cell.vllm_version), ("helix", ""), ("torch", cell.hardware)):
+                if name in versions:
+                    found[name, where][versions[name].partition("+")[0]][source.name] = None
+    for (name, where), by_version in found.items():
+        if len(by_version) > 1:
+            told = "; ".join(f"{version} in {', '.join(names)}" for version, names in sorted(by_version.items()))
+            at = {"vllm": f" of cells for vLLM {where}", "torch": f" on {where}"}.get(name, "")
+            yield Mix("versions", f"different versions of {name}{at}: {told}")
+
+
+def _code(sources: Sequence[Source]) -> Iterator[Mix]:
+    found = defaultdict(list)
+    for source in sources:
+        if source.code:
+            found[source.code].append(source.name)
+    if len(found) > 1:
+        told = "; ".join(f"{code} in {', '.join(names)}" for code, names in found.items())
+        yield Mix("code", f"the runs ran different code of this repository: {told}")
+
+
+def lost_shards(sources: Sequence[Source]) -> list[str]:
+    """Parts of a plan that are not among `sources`, as `2/3`."""
+    groups: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for source in sources:
+        if source.chosen and source.chosen.shard:
+            part, _, parts = source.chosen.shard.partition("/")
+            groups[content_hash(sorted(source.expected)), int(parts)].add(int(part))
+    return [
+        f"{part}/{parts}" for (_, parts), there in groups.items() for part in range(1, parts + 1) if part not in there
+    ]
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,116 @@
+"""One run that is merged: what its ledger says, read once and changed in nothing."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from harness import ledger
+from harness.chosen import Chosen
+from harness.frozen import Frozen
+from harness.report.run import parse_result
+from harness.report.store import digest_of
+from harness.result import CellResult
+from harness.verdict import Effect
+
+
+class Record(Frozen):
+    """A result as written (`event`) and as it reads. `asked`: content hash of all that the verdict depends on."""
+
+    event: dict
+    result: CellResult
+    asked: str
+
+    @property
+    def judged(self) -> bool:
+        return self.result.effect in (Effect.OK, Effect.DIFFERS)
+
+
+class Source(Frozen):
+    """`planned`: ids in order; `expected`: those of all shards. `chosen` and `setting` are empty in old ledgers."""
+
+    folder: Path
+    name: str
+    started: str
+    hardware: tuple[str, ...]
+    planned: tuple[str, ...]
+    chosen: Chosen | None
+    code: str
+    records: dict[str, tuple[Record, ...]]  # by cell id, in order
+    attempts: tuple[dict, ...]
+    models: tuple[dict, ...]
+    unread: tuple[str, ...] = ()  # a sentence for each line that could not be used
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        return (self.chosen.expected if self.chosen else ()) or self.planned
+
+    @property
+    def last(self) -> Iterable[Record]:
+        return (records[-1] for records in self.records.values())
+
+
+class NothingToMerge(ValueError):
+    """A folder holds no run; the text says which."""
+
+
+def find_sources(paths: Sequence[Path]) -> list[Source]:
+    """The runs in `paths`, each a run or a folder of runs, the oldest first; one that is given twice counts once."""
+    folders: dict[str, Path] = {}
+    for path in paths:
+        here = [path] if ledger.find(path).is_file() else _below(path)
+        if not here:
+            raise NothingToMerge(f"{path} holds no run: no {ledger.NAME} there or below")
+        for folder in here:
+            folders.setdefault(digest_of(folder), folder)
+    return sorted(map(load, folders.values()), key=lambda source: (source.started, source.name))
+
+
+def _below(path: Path) -> list[Path]:
+    found = {file.parent for name in (ledger.NAME, ledger.PACKED) for file in path.rglob(name)}
+    return sorted(found)
+
+
+def load(folder: Path) -> Source:
+    """The run in `folder`. NothingToMerge where its ledger cannot be read."""
+    try:
+        events, unread = ledger.read(ledger.find(folder))
+    except OSError as problem:
+        raise NothingToMerge(f"{ledger.find(folder)} cannot be read: {problem.strerror or problem}") from None
+    starts = [event for event in events if event["event"] == "run-start"]
+    planned: dict[str, None] = {}
+    for start in starts:
+        planned |= dict.fromkeys(str(cell_id) for cell_id in start.get("planned") or ())
+    records: dict[str, list[Record]] = {}
+    for number, event in enumerate(events, start=1):
+        if event["event"] != "result":
+            continue
+        try:
+            result = parse_result(event.get("result"))
+        except ValueError as problem:
+            unread.append(f"event {number}: {problem}")
+            continue
+        record = Record(event=event, result=result, asked=str(event.get("key") or ""))
+        records.setdefault(result.cell.id, []).append(record)
+    first = starts[0] if starts else {}
+    models = next((event["models"] for event in reversed(events) if event["event"] == "models"), [])
+    return Source(
+        folder=folder,
+        name=str(first.get("run") or folder.name),
+        started=str(first.get("time") or ""),
+        hardware=tuple(str(name) for name in first.get("hardware") or ()),
+        planned=tuple(planned or records),
+        chosen=_chosen(first),
+        code=str((first.get("setting") or {}).get("code") or ""),
+        records={cell_id: tuple(found) for cell_id, found in records.items()},
+        attempts=tuple(event for event in events if event["event"] == "attempt"),
+        models=tuple(model for model in models if isinstance(model, dict)),
+        unread=tuple(unread),
+    )
+
+
+def _chosen(start: dict) -> Chosen | None:
+    try:
+        return Chosen.model_validate(start["chosen"]) if start.get("chosen") else None
+    except ValidationError:
+        return None

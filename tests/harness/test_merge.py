@@ -1,0 +1,172 @@
+"""Several ledgers as one: what counts, what is missing, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import cli
+from harness.cell import Cell, Mode
+from harness.chosen import Chosen
+from harness.ledger import Ledger
+from harness.report.run import load
+from harness.result import CellResult
+from harness.suite import ROOT
+from harness.verdict import Verdict
+
+VERSIONS = (("vllm", "0.32.0"), ("torch", "2.13.0"), ("helix", "0.1.0"))
+MODEL = "recipe:llama-k4"
+BASE = Cell(mode=Mode.STANDARD_TP, backend="FLASH_ATTN", hardware="hopper", model=MODEL, tp=4)
+HELIX = Cell(mode=Mode.HELIX_GQA, backend="FLASH_ATTN", hardware="hopper", model=MODEL, tp=4, kvp=2)
+OTHER = HELIX.model_copy(update={"interleave": 16})
+
+
+def result(cell: Cell, verdict: str = "pass", reason: str = "r", **fields) -> CellResult:
+    return CellResult(**{
+        "cell": cell, "suites": ("s",), "declared": Verdict.PASS, "declared_why": "w", "verdict": verdict,
+        "reason": reason, "versions": VERSIONS, **fields,
+    })  # fmt: skip
+
+
+def run_of(folder: Path, results, planned=(), chosen: Chosen | None = None, code="c", keys=None, start=True) -> Path:
+    """A run's folder with this ledger; `keys`: what each cell's verdict depends on, by cell id."""
+    ledger = Ledger(folder)
+    names = list(planned) or [one.cell.id for one in results]
+    chosen = (chosen or Chosen(suites=("s",))).model_dump(mode="json")
+    ledger.run_start(folder.name, names, [f"host of {folder.name}"], [], chosen, None, {"code": code})
+    for one in results:
+        ledger.result(one, (keys or {}).get(one.cell.id, f"{folder.name}{one.cell.key}"))
+    ledger.run_end()
+    return folder
+
+
+@pytest.fixture
+def merged(tmp_path, capsys):
+    def merged(*folders, allow=()):
+        into = tmp_path / "merged"
+        words = [word for kind in allow for word in ("--allow", kind)]
+        status = cli.main(["merge", *map(str, folders), "--into", str(into), *words])
+        told = capsys.readouterr()
+        return status, load(into) if status != 2 else None, told.out + told.err
+
+    return merged
+
+
+def verdicts(run) -> dict[str, str]:
+    return {one.cell.id: str(one.verdict) for one in run.results}
+
+
+def test_hosts_with_other_hardware_fill_each_other_s_gaps(tmp_path, merged):
+    cpu = Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model=MODEL, tp=4)
+    first = run_of(
+        tmp_path / "a", [result(cpu), result(BASE, "skip", "no hopper here"), result(HELIX, "skip", "no hopper here")]
+    )
+    second = run_of(tmp_path / "b", [result(cpu, "skip", "no cpu"), result(BASE), result(HELIX, "fail", "differs")])
+    status, run, told = merged(first, second)
+    assert verdicts(run) == {cpu.id: "pass", BASE.id: "pass", HELIX.id: "fail"} and status == 1
+    assert run.hardware == ("host of a", "host of b") and not run.earlier and not run.unfinished
+    assert "expected 3, got 3" in told
+
+
+def test_what_is_missing_is_said_by_name(tmp_path, merged):
+    chosen = [Chosen(suites=("s",), shard=f"{part}/3", expected=(BASE.id, HELIX.id, OTHER.id)) for part in (1, 2)]
+    first = run_of(tmp_path / "a", [result(BASE), result(HELIX)], chosen=chosen[0])
+    second = run_of(tmp_path / "b", [result(BASE)], chosen=chosen[1])
+    status, run, told = merged(first, second)
+    assert status == 3 and "expected 3, got 2" in told
+    assert f"missing: {OTHER.id} (planned by a)" in told and "shard 3/3 is missing" in told
+    assert run.unfinished == (OTHER.id,)
+    found = json.loads((tmp_path / "merged" / "expected.json").read_text())
+    assert found["missing"] == {OTHER.id: "a"} and found["shards missing"] == ["3/3"]
+
+
+def test_a_baseline_that_two_shards_ran_alike_is_one_row_without_a_past(tmp_path, merged):
+    chosen = [Chosen(shard=f"{part}/2", expected=(BASE.id, HELIX.id)) for part in (1, 2)]
+    same = {BASE.id: "asked alike"}
+    first = run_of(tmp_path / "a", [result(BASE), result(HELIX)], chosen=chosen[0], keys=same)
+    second = run_of(tmp_path / "b", [result(BASE)], chosen=chosen[1], keys=same)
+    status, run, _ = merged(first, second)
+    assert status == 0 and len(run.results) == 2 and not run.earlier
+
+
+def test_the_same_question_judged_differently_is_flaky(tmp_path, merged):
+    same = {HELIX.id: "asked alike"}
+    first = run_of(tmp_path / "a", [result(HELIX, "pass", "agrees")], keys=same)
+    second = run_of(tmp_path / "b", [result(HELIX, "fail", "differs")], keys=same)
+    status, run, _ = merged(first, second)
+    assert status == 1 and verdicts(run) == {HELIX.id: "flaky"}
+    assert run.results[0].reason == "runs disagree: pass in a: agrees; fail in b: differs"
+
+
+def test_of_nights_the_latest_judged_counts_and_the_earlier_stay_in_the_history(tmp_path, merged):
+    nights = [
+        run_of(tmp_path / name, [result(HELIX, verdict, name)])
+        for name, verdict in (("n1", "fail"), ("n2", "pass"), ("n3", "error"), ("n4", "skip"))
+    ]
+    _, run, told = merged(*reversed(nights))
+    assert verdicts(run) == {HELIX.id: "pass"} and f"judged otherwise by an earlier run: {HELIX.id}" in told
+    assert [str(one.verdict) for one in run.earlier[HELIX.id]] == ["fail", "error"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "second"),
+    [
+        ("versions", "vllm of cells for vLLM 0.32.0: 0.31.0 in b; 0.32.0 in a",
+         {"results": [result(OTHER, versions=(("vllm", "0.31.0"),))]}),
+        ("versions", "torch on hopper", {"results": [result(OTHER, versions=(("torch", "2.12.0"),))]}),
+        ("suites", "asked for different cells: s (a); t (b)",
+         {"results": [result(OTHER)], "chosen": Chosen(suites=("t",))}),
+        ("suites", "1 of the same name are declared otherwise", {"results": [result(HELIX, declared=Verdict.XFAIL)]}),
+        ("suites", "1 of the same name are other cells",
+         {"results": [result(HELIX.model_copy(update={"env": (("A", "1"),)}))]}),
+        ("code", "different code of this repository: c in a; d in b", {"results": [result(OTHER)], "code": "d"}),
+    ],
+)  # fmt: skip
+def test_mixes_that_mislead_are_refused_unless_told(tmp_path, merged, kind, says, second):
+    first = run_of(tmp_path / "a", [result(HELIX)])
+    other = run_of(tmp_path / "b", **second)
+    status, _, told = merged(first, other)
+    assert status == 2 and says in told and f"--allow {kind}" in told and not (tmp_path / "merged").exists()
+    status, _, told = merged(first, other, allow=[kind])
+    assert status in (0, 1) and f"allowed: {'1 of' if '1 of' in says else ''}" in told and says in told
+
+
+def test_a_version_sweep_is_no_mix(tmp_path, merged):
+    old = OTHER.model_copy(update={"vllm_version": "0.29.0"})
+    first = run_of(tmp_path / "a", [result(HELIX)])
+    second = run_of(tmp_path / "b", [result(old, versions=(("vllm", "0.29.0"),))])
+    assert merged(first, second)[0] == 0
+
+
+def test_local_suffixes_of_versions_are_no_mix(tmp_path, merged):
+    cpu = result(
+        BASE.model_copy(update={"hardware": "cpu"}), versions=(("vllm", "0.32.0+cpu"), ("torch", "2.13.0+cpu"))
+    )
+    assert merged(run_of(tmp_path / "a", [result(HELIX)]), run_of(tmp_path / "b", [cpu]))[0] == 0
+
+
+def test_a_folder_of_runs_is_all_of_them_and_twice_is_once(tmp_path, merged):
+    run_of(tmp_path / "nights" / "a", [result(BASE)])
+    run_of(tmp_path / "nights" / "b", [result(HELIX)])
+    _, run, told = merged(tmp_path / "nights", tmp_path / "nights" / "a")
+    assert len(run.results) == 2 and told.count("merged a, b") == 1
+
+
+def test_a_folder_without_a_run_and_a_used_folder_are_refused(tmp_path, merged):
+    (tmp_path / "empty").mkdir()
+    assert merged(tmp_path / "empty")[0] == 2
+    first = run_of(tmp_path / "a", [result(BASE)])
+    assert merged(first)[0] == 0 and merged(first)[0] == 2
+
+
+def test_the_committed_cpu_run_and_a_hopper_run_are_one_matrix_with_both_columns(tmp_path, merged):
+    """The hopper ledger is made here; its cells pass by decree."""
+    hopper = run_of(tmp_path / "hopper", [result(BASE), result(HELIX, baseline_id=BASE.id)])
+    status, run, _ = merged(ROOT / "reports" / "2026-11-24-cpu", hopper, allow=["suites"])
+    hardware = {one.cell.hardware for one in run.results if one.verdict not in ("skip", "error")}
+    assert hardware == {"cpu", "hopper"} and status in (0, 3)
+    summary = (tmp_path / "merged" / "summary.md").read_text()
+    heads = next(line for line in summary.splitlines() if line.startswith("| GQA backend"))
+    assert "cpu: Helix" in heads and "hopper: Helix" in heads
+    row = next(line for line in summary.splitlines() if line.startswith(r"| FLASH\_ATTN |"))
+    assert "✓ pass" in row
