@@ -190,6 +190,8 @@ def print_summary(results: Sequence[CellResult]) -> None:
     counts = Counter(result.verdict for result in results)
     words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
     print(f"\n{len(results)} cells: {words or 'nothing was run'}")
+    if counts[Verdict.XPASS]:
+        print(f"XPASS: {plural(counts[Verdict.XPASS], 'known limitation')} gone. Update the declared table")
 
 
 def shown(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What the page says of one cell, worked out before the template sees it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
@@ -46,6 +47,26 @@ class Row:
         """The square that it is in."""
         cell = self.result.cell
         return f"{cell.backend} · {self.column} · {cell.hardware}"
+
+    @cached_property
+    def facets(self) -> dict[str, tuple[str, ...]]:
+        """What the page filters by; a cell may be in several suites."""
+        cell = self.result.cell
+        return {
+            "verdict": (str(self.result.verdict),),
+            "kind": (self.kind,),
+            "column": (self.column,),
+            "hardware": (cell.hardware,),
+            "backend": (cell.backend,),
+            "model": (cell.model,),
+            "tp": (str(cell.tp),),
+            "kvp": (str(cell.kvp),),
+            "comm": (cell.comm or "none",),
+            "interleave": (str(cell.interleave),),
+            "workload": (cell.workload,),
+            "suite": self.result.suites,
+            "declared": (str(self.result.declared),),
+        }
 
     @property
     def order(self) -> str:

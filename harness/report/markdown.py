@@ -10,7 +10,7 @@ from harness.report.run import Run
 from harness.report.square import COLUMNS, Matrix, Square, matrices, severity
 from harness.report.text import clean, plural
 from harness.result import CellResult
-from harness.verdict import TABLE, Effect
+from harness.verdict import TABLE, Effect, Verdict
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 _LISTED = 20
@@ -23,6 +23,11 @@ def summary(run: Run, table: pd.DataFrame, since: Comparison | None = None) -> s
     """
     results = {result.cell.id: result for result in run.results}
     parts = [f"## Helix: {headline(run)}", f"{lede(run)} Run {plain(run.name)}, exit status {run.exit_status}."]
+    gone = [result for result in run.results if result.verdict is Verdict.XPASS]
+    if gone:
+        names = ", ".join(plain(result.cell.id) for result in gone[:_LISTED])
+        told = plural(len(gone), "known limitation")
+        parts.append(f"**{TABLE[Verdict.XPASS].symbol} XPASS: {told} gone. Update the declared table:** {names}")
     parts += [changes(since).rstrip()] if since else []
     parts += [_matrix(matrix) for matrix in matrices(table, results)]
     for title, effect in (("What differs, and why", Effect.DIFFERS), ("Could not be judged", Effect.INFRASTRUCTURE)):

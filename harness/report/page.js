@@ -11,7 +11,7 @@
     place,
     id: element.dataset.id,
     order: element.dataset.order.split(" ").map((value) => (value === "-" ? NaN : Number(value))),
-    facets: fields.map((name) => element.dataset[name]),
+    facets: fields.map((name) => element.dataset[name].split("\n")), // of suites there may be several
     text: (element.dataset.id + " " + element.querySelector("summary").textContent).toLowerCase(),
     shown: true,
   }));
@@ -54,7 +54,7 @@
     const wanted = fields.map((name) => form.elements[name].value);
     let seen = 0;
     for (const cell of cells) {
-      const fits = wanted.every((value, i) => !value || value === cell.facets[i]) && words.every((w) => cell.text.includes(w));
+      const fits = wanted.every((value, i) => !value || cell.facets[i].includes(value)) && words.every((w) => cell.text.includes(w));
       cell.shown = fits;
       if (fits) seen += 1;
     }
@@ -130,6 +130,8 @@
           missing.hidden = false;
           form.elements[name].value = "";
         }
+      const more = form.querySelector(".more");
+      if (more && [...more.querySelectorAll("select")].some((select) => select.value)) more.open = true;
       sort();
       filter();
     }

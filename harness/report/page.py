@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
             defects=defects_of(run.results),
             columns=COLUMNS,
             groups=_groups(found, rows),
-            facets=_facets(table),
+            facets=_facets(rows.values(), _FACETS),
+            more=[facet for facet in _facets(rows.values(), _MORE) if len(facet[2]) > 1],
             cell_of=lambda row: Markup(f"<!--cell {row.number}-->"),
             packed=len(results) > PACK_ABOVE,
             news=_NEWS,
@@ -171,16 +173,29 @@ def _groups(found: list[Matrix], rows: dict[str, Row]) -> list[Group]:
     return groups
 
 
-def _facets(table: pd.DataFrame) -> list[tuple[str, str, list[str]]]:
-    """(field, label, values) of each filter."""
-    verdicts = [str(verdict) for verdict in Verdict]
-    order = {"verdict": tuple(verdicts), "hardware": HARDWARE, "column": COLUMNS}
-    labels = {"verdict": "Verdict", "kind": "Family", "column": "Mode", "hardware": "Hardware", "backend": "Backend",
-              "model": "Model"}  # fmt: skip
-    return [
-        (field, label, sorted(set(table[field]), key=lambda value: place(value, order.get(field, ()))))
-        for field, label in labels.items()
-    ]
+#: Filters in the bar, and those behind "More": field of a row -> label.
+_FACETS = {"verdict": "Verdict", "kind": "Family", "column": "Mode", "hardware": "Hardware", "backend": "Backend",
+           "model": "Model"}  # fmt: skip
+_MORE = {"tp": "TP", "kvp": "KVP", "comm": "Combine", "interleave": "Interleave", "workload": "Workload",
+         "suite": "Suite", "declared": "Declared"}  # fmt: skip
+
+
+def _facets(rows: Iterable[Row], labels: dict[str, str]) -> list[tuple[str, str, list[str]]]:
+    """(field, label, values) of each filter that can tell cells apart."""
+    verdicts = tuple(str(verdict) for verdict in Verdict)
+    order = {"verdict": verdicts, "declared": verdicts, "hardware": HARDWARE, "column": COLUMNS}
+    values: dict[str, set[str]] = {field: set() for field in labels}
+    for row in rows:
+        for field, found in values.items():
+            found.update(row.facets[field])
+    found = []
+    for field, label in labels.items():
+        known = order.get(field, ())
+        ranked = sorted(
+            values[field], key=lambda value: (*place(value, known)[:1], len(value) * value.isdigit(), value)
+        )
+        found.append((field, label, ranked))
+    return found
 
 
 def _versions(run: Run) -> list[str]:

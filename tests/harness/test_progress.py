@@ -10,6 +10,7 @@ from harness.ledger import Ledger
 from harness.matrix import PlannedCell
 from harness.progress import Board, Follower, TimeLeft, doing, duration, shown
 from harness.result import CellResult, Phase
+from harness.run import print_summary
 from harness.verdict import Verdict
 
 
@@ -145,3 +146,13 @@ def test_on_a_terminal_the_table_stands_for_its_lines_and_others_are_kept(run, t
     said = console.file.getvalue()
     assert "✓ pass" in said and "1 of 3 cells" in said
     assert "again     [/b]: lost to infrastructure" in said and "[b]so" not in said
+
+
+def test_the_summary_shouts_that_a_limitation_is_gone(capsys):
+    found = [result(1), result(2, Verdict.XPASS)]
+    print_summary([found[0], found[1].model_copy(update={"declared": Verdict.XFAIL, "reason": "\x1b[2Jboth agree"})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        f"✓ pass      {IDS[0]}", f"! xpass     {IDS[1]}", "    declared xfail: ", "    both agree", "",
+        "2 cells: 1 pass, 1 xpass", "XPASS: 1 known limitation gone. Update the declared table",
+    ]  # fmt: skip

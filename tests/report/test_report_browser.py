@@ -39,6 +39,21 @@ def test_filter_state_is_in_the_address_and_comes_back(visit, run_dir):
     assert "#" not in again.url
 
 
+def test_every_axis_can_be_filtered(visit, run_dir):
+    page = visit(run_dir)
+    page.click("details.more summary")
+    page.select_option("[name=tp]", "4")
+    page.select_option("[name=comm]", "a2a")
+    page.select_option("[name=suite]", "helix-gqa")
+    four = [one for one in examples.results() if one.cell.tp == 4 and one.cell.comm == "a2a"]
+    count = sum("helix-gqa" in one.suites for one in four)
+    expect(page.locator("output")).to_have_text(f"{count} of 32 cells")
+    assert count == 5
+    again = visit(run_dir, page.url.split("#")[1])
+    expect(again.locator("output")).to_have_text("5 of 32 cells")
+    expect(again.locator("[name=tp]")).to_be_visible()
+
+
 def test_a_deep_link_opens_its_cell_and_a_lost_one_says_so(visit, run_dir):
     page = visit(run_dir, fragment(cell=FAILED))
     opened = page.locator("details.cell[open]")
