@@ -165,7 +165,10 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("-v", "--verbose", action="store_true", help="with --list: each cell")
     how.add_argument("--format", choices=("text", "json"), default="text", help="of --list and --dry-run")
     how.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="cells that run at the same time (default 1)"
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="cells that run at the same time, as far as the host has room (default 2 where all run on CPU, else 1)",
     )
     how.add_argument("--runtime", choices=("auto", "process", "docker"), default="auto", help="where servers run")
     how.add_argument(

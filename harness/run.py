@@ -63,10 +63,11 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     resume = options.resume is not None
     run_dir = Path(options.run_dir) if resume else make_run_dir(options.run_dir, plan)
     skipped = sum(item.skip is not None for item in plan)
+    jobs = options.jobs or usual_jobs(plan)
     print(f"hardware: {' and '.join(str(device) for device in request.hardware)}")
     print(f"runtime: {runtime} ({why})")
     print(
-        f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {options.jobs}"
+        f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {jobs}"
         + (f"; shard {options.shard} of {len(request.whole)} cells" if options.shard else "")
     )
     print(f"folder: {shown(run_dir)}", flush=True)
@@ -75,9 +76,9 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     interrupted = False
     chosen = Chosen.of(options, *([item.cell.id for item in cells] for cells in (plan, request.whole)))
     try:
-        with _progress(run_dir, plan, options.jobs) as progress:
+        with _progress(run_dir, plan, jobs) as progress:
             results = runner(
-                plan, run_dir=run_dir, jobs=options.jobs, runtime=runtime, progress=progress, repeat=options.repeat,
+                plan, run_dir=run_dir, jobs=jobs, runtime=runtime, progress=progress, repeat=options.repeat,
                 resume=resume, chosen=chosen.model_dump(mode="json"),
             )  # fmt: skip
     except LedgerBusy as error:
@@ -101,6 +102,13 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     print_summary(results)
     print(f"report: {shown(page)}")
     return exit_status([(result.declared, result.verdict) for result in results])
+
+
+def usual_jobs(plan: Sequence[PlannedCell]) -> int:
+    """Two on CPU: cells that need one core, TP1 and refusals, then run side by side; a larger one takes all cores of a
+    small host and waits for them. One where a GPU or a measurement is to be left alone."""
+    running = [item for item in plan if item.skip is None]
+    return 2 if all(item.cell.hardware == "cpu" and item.bench is None for item in running) else 1
 
 
 def _disk(error: OSError, run_dir: Path) -> int:

@@ -39,7 +39,7 @@ _MISSES = 8
 class Executor(Protocol):
     """What the scheduler needs of the place where servers run."""
 
-    def reserve(self, cell: Cell) -> bool:
+    def reserve(self, cell: Cell, ask: bool = True) -> bool:
         """Lease what the next attempt at `cell` takes of the host; False while others hold it."""
         ...
 
@@ -134,7 +134,9 @@ class _Run:
                         for item in ready:
                             if len(running) >= self.jobs or misses > _MISSES:
                                 break
-                            if self._asks(item) and not self.executor.reserve(item.cell):
+                            if self._asks(item) and not self.executor.reserve(
+                                item.cell, item.declared is not Verdict.REJECTED
+                            ):
                                 misses += 1  # a smaller one may fit beside what runs
                                 continue
                             taken.add(item.cell.key)

@@ -11,7 +11,7 @@ from harness.cell import Cell
 from harness.client import answer_all
 from harness.lease import Host, Lease
 from harness.models.recipe import PREFIX, shape
-from harness.need import need_of
+from harness.need import Need, need_of
 from harness.result import Phase
 from harness.server.log import Cause, Failure, read_log, tail
 from harness.server.place import Place, Processes
@@ -49,15 +49,20 @@ class LocalExecutor:
         self._live: set[Server] = set()
         self._reserved: dict[str, Lease] = {}  # by cell key, for the next attempt
 
-    def reserve(self, cell: Cell) -> bool:
+    def reserve(self, cell: Cell, ask: bool = True) -> bool:
         """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt."""
         try:
-            lease = self.host.take(need_of(cell, self.host.room.cores))
+            lease = self.host.take(self._need(cell, ask))
         except (ValueError, RuntimeError, OSError):
             return True  # the attempt meets it again, and its row says so
         if lease is not None:
             self._reserved[cell.key] = lease
         return lease is not None
+
+    def _need(self, cell: Cell, ask: bool) -> Need:
+        """What a server takes. One that is to be refused, and so not asked, ends before its ranks start."""
+        need = need_of(cell, self.host.room.cores)
+        return need if ask or cell.hardware != "cpu" else need.model_copy(update={"cores": 1})
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
         """Start `cell` in `folder` (log, proofs, workload, transcript), ask its workload following `follow`, and stop.
@@ -70,7 +75,7 @@ class LocalExecutor:
         phases: list[Phase] = []
         with _timed("lease", phases):
             lease = self._reserved.pop(cell.key, None)
-            lease = lease or self.host.wait(need_of(cell, self.host.room.cores), self.cancel)
+            lease = lease or self.host.wait(self._need(cell, ask), self.cancel)
         try:
             attempt = self._served(cell, folder, follow, ask, lease, phases)
         finally:

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from harness import cli, run
+from harness.cell import Cell, Mode
 from harness.hardware import Hardware
+from harness.matrix import PlannedCell
 from harness.result import CellResult
 from harness.suite import ROOT
 from harness.verdict import Verdict
@@ -185,6 +187,23 @@ def test_a_run_reports_and_ends_0(call, fake, tmp_path):
     assert f"start {SMOKE_HELIX}" in out
     assert "4 cells: 3 pass, 1 rejected" in out
     assert out.splitlines()[-1] == f"report: {run_dir}/index.html"
+
+
+def test_two_cells_at_a_time_where_all_run_on_cpu_unless_told(call, fake):
+    runner = fake()
+    call("--suite", "smoke")
+    assert runner.calls[0][2] == 2
+    call("--suite", "smoke", "--jobs", "1")
+    assert runner.calls[1][2] == 1
+
+
+def test_one_at_a_time_beside_a_gpu_cell():
+    on_cpu = Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=1)
+    on_gpu = on_cpu.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+    known = {"suites": ("s",), "declared": Verdict.PASS, "declared_why": "w"}
+    cpu, gpu = (PlannedCell(cell=cell, **known) for cell in (on_cpu, on_gpu))
+    assert run.usual_jobs([cpu, cpu]) == 2 and run.usual_jobs([cpu, gpu]) == 1
+    assert run.usual_jobs([cpu, gpu.model_copy(update={"skip": "no hopper here"})]) == 2
 
 
 @pytest.mark.parametrize(

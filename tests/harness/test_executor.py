@@ -81,3 +81,11 @@ def test_end_all_kills_what_runs(executor, tmp_path):
 )
 def test_dtypes(model, serve, dtype):
     assert dtype_of(CELL.model_copy(update={"model": model, "serve": serve})) == dtype
+
+
+def test_a_server_that_is_to_be_refused_takes_one_core_however_many_ranks_it_names():
+    many = CELL.model_copy(update={"tp": 16, "kvp": 4})
+    host = LocalExecutor(host=Host(Room(cores=8, memory_bytes=2**40)))
+    assert host._need(many, ask=True).cores == 8 and host._need(many, ask=False).cores == 1
+    on_gpus = many.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+    assert host._need(on_gpus, ask=False) == host._need(on_gpus, ask=True)

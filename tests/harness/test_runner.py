@@ -70,7 +70,7 @@ class Table:
         self.ran: list[tuple[Cell, bool, bool]] = []
         self.killed = False
 
-    def reserve(self, cell: Cell) -> bool:
+    def reserve(self, cell: Cell, ask: bool = True) -> bool:
         return True
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
