@@ -31,6 +31,8 @@ METRICS = (
     ("requests", "1/s", "request_throughput"),
     ("goodput", "1/s", "request_goodput"),
 )
+#: Metrics that also stand among a cell's statistics.
+HEADLINE = ("ITL p50", "output")
 
 
 def gather(cell: Cell, spec: BenchSpec, folder: Path, device: str, generator: str) -> BenchResult:
@@ -89,7 +91,7 @@ def summary(found: BenchResult) -> str:
 
 
 def statistics(found: BenchResult) -> tuple[Statistic, ...]:
-    """The same numbers as the report and the ledger show everywhere else."""
+    """What stands among the statistics of all cells; every metric is in the result itself."""
     listed = []
     if found.promised is not None and found.kv_ratio is not None:
         listed.append(
@@ -104,7 +106,7 @@ def statistics(found: BenchResult) -> tuple[Statistic, ...]:
             )
         )
     for load in found.loads:
-        for metric in load.metrics:
+        for metric in (metric for metric in load.metrics if metric.name in HEADLINE):
             listed.append(
                 Statistic(
                     name=f"{metric.name}, {load.input} in, {load.output} out, {load.concurrency} at a time",

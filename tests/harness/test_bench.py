@@ -381,3 +381,24 @@ def test_the_scheduler_hands_bench_cells_over(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.runner.run_bench", instead)
     found = run([item], run_dir=tmp_path / "run", progress=lambda line: None)
     assert asked == [(item.cell.id, "cells")] and found[0].bench is not None and found[0].cell == item.cell
+
+
+def test_the_report_shows_predicted_beside_measured(tmp_path):
+    from harness.ledger import Ledger
+    from harness.report import write
+
+    item = item_of(tmp_path)
+    made = bench_cells.run_bench(
+        item,
+        tmp_path / "c",
+        where=Where(threading.Event()),
+        progress=print,
+        measuring=lambda cells, spec, folder, where, progress: write_rounds(folder),
+    )
+    ledger = Ledger(tmp_path / "run")
+    ledger.run_start("run", [item.cell.id], ["cpu"], [])
+    ledger.result(made, "key")
+    ledger.run_end()
+    page = write(tmp_path / "run").read_text()
+    for shown in ("Predicted and measured", "KV tokens against the baseline", "ITL p99, ms", "no prediction on a CPU"):
+        assert shown in page, shown
