@@ -2,10 +2,10 @@
 
     python -m harness starts FOLDER [--only GLOB] [--limit N] [--sets N] [--list]
 
-What the oracle says of these is its false-alarm rate (`harness.alarms`). Every group has a baseline, stock and decoding
-freely; every other start of the group is forced along its tokens, set by set. Resumable: a start whose folder is
-complete is left alone. A folder holds `start.json` (which cell, which sets, what its workers proved), one
-`set-N.json` a prompt set (a `Transcript`), the baseline's also `workload-N.json`, and `server.log`.
+What the oracle says of these is its false-alarm rate (`python -m harness alarms FOLDER`). Every group has a baseline,
+stock and decoding freely; every other start of the group is forced along its tokens, set by set. Resumable: a start
+whose folder is complete is left alone. A folder holds `start.json` (which cell, which sets, what its workers proved),
+one `set-N.json` a prompt set (a `Transcript`), the baseline's also `workload-N.json`, and `server.log`.
 """
 
 import argparse

@@ -55,12 +55,17 @@ class Alarm(Frozen):
 
 
 class Table(Frozen):
-    """`identical` comparisons had no change in any step; they are not counted among the `n` of `rates`."""
+    """`rates`: of all comparisons. `as_run`: of those that a run makes, of a server that follows with the baseline that
+    chose freely; `starts`: servers among the latter, baselines included. `identical` comparisons had no change in any
+    step; they are not counted in any `n`.
+    """
 
     transcripts: int
     steps: int
     identical: int
     rates: tuple[Rate, ...]
+    starts: int
+    as_run: tuple[Rate, ...]
     groups: tuple[Group, ...]
     alarms: tuple[Alarm, ...]
 
@@ -90,16 +95,11 @@ def table(saved: Sequence[Saved]) -> Table:
     for item in counted:
         second = item.pair.second
         groups[f"{second.transcript.dtype}, {second.model}, {second.mode}"].append(item)
-    n = len(counted)
-    rates = []
-    for index, rate in enumerate(RATES):
-        hits = sum(bool(item.alarms[index]) for item in counted)
-        low, high = exact_interval(hits, n) if n else (0.0, 1.0)
-        upper = upper_share(hits, n) if n else 1.0
-        rates.append(Rate(stated=rate, alarms=hits, n=n, low=low, high=high, upper=upper))
+    as_run = [item for item in counted if not item.pair.first.forced]
+    servers = {saved.path.parent for item in as_run for saved in (item.pair.first, item.pair.second)}
     return Table(
         transcripts=len(saved), steps=sum(len(item.pair.found.steps) for item in counted), identical=identical,
-        rates=tuple(rates),
+        rates=_rates(counted), starts=len(servers), as_run=_rates(as_run),
         groups=tuple(
             Group(
                 name=name, n=len(items),
@@ -111,6 +111,16 @@ def table(saved: Sequence[Saved]) -> Table:
     )  # fmt: skip
 
 
+def _rates(some: Sequence[Judged]) -> tuple[Rate, ...]:
+    n, rates = len(some), []
+    for index, rate in enumerate(RATES):
+        hits = sum(bool(item.alarms[index]) for item in some)
+        low, high = exact_interval(hits, n) if n else (0.0, 1.0)
+        upper = upper_share(hits, n) if n else 1.0
+        rates.append(Rate(stated=rate, alarms=hits, n=n, low=low, high=high, upper=upper))
+    return tuple(rates)
+
+
 def _alarm(item: Judged) -> Alarm:
     rate, names = min((rate, names) for rate, names in zip(RATES, item.alarms, strict=True) if names)
     return Alarm(
@@ -119,19 +129,28 @@ def _alarm(item: Judged) -> Alarm:
     )  # fmt: skip
 
 
+def _shares(rates: Sequence[Rate]) -> list[str]:
+    return [
+        "",
+        "| stated rate of a comparison | alarms | share, exact 95 % interval | one-sided 95 % upper bound |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {rate.stated:.2%} | {rate.alarms} of {rate.n} | {rate.alarms / max(1, rate.n):.2%} "
+            f"({rate.low:.2%} – {rate.high:.2%}) | {rate.upper:.2%} |"
+            for rate in rates
+        ),
+    ]
+
+
 def told(made: Table) -> str:
     """The table as Markdown."""
     lines = [
         f"{made.rates[0].n} comparisons of {made.transcripts} transcripts, {made.steps:,} steps; "
         f"{made.identical} more were identical in every step and are not counted.",
+        *_shares(made.rates),
         "",
-        "| stated rate of a comparison | alarms | share, exact 95 % interval | upper 95 % bound |",
-        "| --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {rate.stated:.2%} | {rate.alarms} of {rate.n} | {rate.alarms / max(1, rate.n):.2%} "
-        f"({rate.low:.2%} – {rate.high:.2%}) | {rate.upper:.2%} |"
-        for rate in made.rates
+        f"Of these, {made.as_run[0].n} are what a run compares: {made.starts} server starts, each with its baseline.",
+        *_shares(made.as_run),
     ]
     stated = " | ".join(f"at {rate:.2%}" for rate in RATES)
     lines += ["", f"| dtype, model, mode | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]

@@ -31,6 +31,11 @@ class Saved(NamedTuple):
         return int(self.transcript.cell_id.split("/")[4].partition("-")[0].removeprefix("tp"))
 
     @property
+    def forced(self) -> bool:
+        """Its tokens were imposed."""
+        return any(answer.forced for answer in self.transcript.answers)
+
+    @property
     def fault(self) -> bool:
         return "fault=" in self.transcript.cell_id
 
@@ -63,12 +68,8 @@ def pairs(saved: Iterable[Saved]) -> Iterator[tuple[Saved, Saved]]:
             same = (a.workload_key, a.dtype, first.model) == (b.workload_key, b.dtype, second.model)
             if first is second or not same:
                 continue
-            if not _forced(b) or _same_tokens(b, a):
+            if not second.forced or _same_tokens(b, a):
                 yield first, second
-
-
-def _forced(transcript: Transcript) -> bool:
-    return any(answer.forced for answer in transcript.answers)
 
 
 def _same_tokens(candidate: Transcript, baseline: Transcript) -> bool:

@@ -1,7 +1,7 @@
 """Right servers compared with each other: which pairs, by which band, and how alarms are counted."""
 
 import pytest
-from made_answers import server
+from made_answers import PROMPTS, server
 
 from harness.oracle.alarms import RATES, main, table, told
 from harness.oracle.clean import clean_comparisons
@@ -10,6 +10,7 @@ from harness.oracle.ship import measured
 from harness.transcript import Transcript
 
 NOISE = 1e-5
+FEW = PROMPTS[::3]
 
 
 def name(mode: str, tp: str) -> str:
@@ -23,7 +24,7 @@ def folder(tmp_path):
     def save(start: str, cell: str, seed: int, noise: float = NOISE, **changes) -> None:
         for index in range(2):
             (tmp_path / start).mkdir(exist_ok=True)
-            made = server(noise, 10 * seed + index, cell=cell, workload=f"set {index}", **changes)
+            made = server(noise, 10 * seed + index, cell=cell, workload=f"set {index}", prompts=FEW, **changes)
             made.save(tmp_path / start / f"set-{index}.json")
 
     save("base", name("standard-tp", "tp4"), 1, forced=False)
@@ -56,7 +57,7 @@ def test_only_the_same_tokens_of_the_same_model_are_paired(folder):
     found = {(a.path.parent.name, b.path.parent.name) for a, b in pairs(clean(folder))}
     standard = {"base", "again", "tp1", "tp2"}
     assert found == {(a, b) for a in standard for b in standard | {"helix"} if a != b}
-    other = server(NOISE, 99, cell=name("helix-gqa", "tp4-dcp2"), workload="set 0")
+    other = server(NOISE, 99, cell=name("helix-gqa", "tp4-dcp2"), workload="set 0", prompts=FEW)
     turned = other.answers[0].steps[0].model_copy(update={"token_id": 63})
     answer = other.answers[0].model_copy(update={"steps": (turned, *other.answers[0].steps[1:])})
     other.model_copy(update={"answers": (answer, *other.answers[1:])}).save(folder / "helix" / "set-0.json")
@@ -82,6 +83,9 @@ def test_alarms_are_counted_at_every_rate(folder):
     assert [rate.stated for rate in made.rates] == list(RATES) and {rate.n for rate in made.rates} == {18}
     assert made.rates[-1].alarms == 0
     assert made.rates[-1].upper == pytest.approx(1 - 0.05 ** (1 / 18))
+    # The baseline and its twin chose freely; each is followed by TP1, TP2 and Helix in two sets: 2 * (3 + 3), of which
+    # those with TP1 are judged by the band of TP2.
+    assert made.starts == 5 and {rate.n for rate in made.as_run} == {12}
     groups = {group.name: group.n for group in made.groups}
     assert groups == {"float32, llama-k4, helix-gqa": 8, "float32, llama-k4, standard-tp": 10}
     assert "18 comparisons of 12 transcripts" in told(made)
@@ -108,6 +112,6 @@ def test_shipped_bands_come_from_standard_tp_alone(folder):
     assert {source.baseline for source in band.sources} == {
         name("standard-tp", "tp4"), name("standard-tp", "tp4") + "/again", name("standard-tp", "tp2"),
     }  # fmt: skip
-    assert all(source.prompts == 2 * 18 and source.used for source in band.sources)
+    assert all(source.prompts == 2 * len(FEW) and source.used for source in band.sources)
     assert band.decode.rows == band.decode.curve == ()
     assert 0 < band.spread.group < band.spread.cell + 0.2 < 0.4 and band.spread.degrees >= 4
