@@ -54,6 +54,7 @@ SUBCOMMANDS: dict[str, str] = {
     "judge": "harness.oracle.offline:main",
     "merge": "harness.merge.command:main",
     "plan": "helix_runtime.planner.cli:main",
+    "render": "harness.executors.render:main",
     "report": "harness.report.look:report_main",
     "starts": "harness.starts:main",
 }

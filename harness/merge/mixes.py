@@ -34,7 +34,7 @@ def _suites(sources: Sequence[Source]) -> Iterator[Mix]:
 
 def _asked(source: Source) -> str:
     chosen = source.chosen
-    cells = () if chosen.shard else chosen.cells
+    cells = [cell for cell in chosen.cells if set("*?[") & set(cell)]  # by full names: a part of a run
     return " ".join([*sorted(chosen.suites), *(f"--cell {cell}" for cell in sorted(cells))])
 
 

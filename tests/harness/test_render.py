@@ -1,0 +1,160 @@
+"""Rendered runs: what a task takes, valid scripts and manifests, and outputs that `merge` takes. No cluster is here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from test_merge import BASE, HELIX, OTHER
+
+from harness import cli
+from harness.cell import Cell
+from harness.executors.kubernetes import KubernetesOptions, manifests, script
+from harness.executors.tasks import LARGEST, Group, tasks_of
+from harness.matrix import PlannedCell
+from harness.report.run import load
+from harness.verdict import Verdict
+
+#: Stands in for `python3 -m harness`: writes the ledger that a run of this cell leaves.
+STUB = """#!{python}
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_merge import BASE, HELIX, OTHER, result, run_of
+words = sys.argv[1:]
+if "--resume" in words:
+    folder = Path(words[words.index("--resume") + 1])
+    (folder / "resumed").touch()
+else:
+    folder = Path(words[words.index("--run-dir") + 1])
+    cell = next(cell for cell in (HELIX, OTHER) if cell.id == words[words.index("--cell") + 1])
+    run_of(folder, [result(BASE), result(cell)], keys={{BASE.id: "alike"}})
+"""
+KINDS = ("1.30", "1.33")
+
+
+def planned(cell: Cell, **fields) -> PlannedCell:
+    base = None if cell.baseline else BASE
+    return PlannedCell(
+        cell=cell, suites=("s",), declared=Verdict.PASS, declared_why="w", baseline=base, **fields
+    )  # fmt: skip
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """`srun` and `python3` on PATH that stand for the cluster and the harness."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    text = STUB.format(python=sys.executable, tests=str(Path(__file__).parent), root=str(Path(cli.__file__).parents[1]))
+    for name in ("srun", "python3"):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_a_task_is_a_cell_with_its_baselines_and_takes_the_most_of_them():
+    wide = HELIX.model_copy(update={"tp": 16, "kvp": 4})
+    lone = BASE.model_copy(update={"backend": "FLASHINFER", "tp": 2})
+    plan = [planned(BASE), planned(HELIX, skip="no hopper here"), planned(OTHER), planned(wide), planned(lone)]
+    tasks = tasks_of(plan, gpus_per_node=8, cores_per_node=64)
+    assert [(group.name, group.gpus, group.cells) for group in tasks.groups] == [
+        ("hopper-4gpu", 4, (HELIX.id, OTHER.id)), ("hopper-2gpu", 2, (lone.id,))
+    ]  # fmt: skip
+    assert tasks.left_out == {wide.id: "needs 16 GPUs; a node has 8"}
+
+
+def test_a_large_group_is_cut():
+    cells = [HELIX.model_copy(update={"env": (("N", str(n)),), "interleave": n}) for n in range(1, LARGEST + 3)]
+    tasks = tasks_of([planned(cell) for cell in cells], 8, 8)
+    assert [(group.name, len(group.cells)) for group in tasks.groups] == [("hopper-4gpu", 1000), ("hopper-4gpu-2", 2)]
+
+
+def test_slurm_scripts_pass_bash_and_name_what_they_take(tmp_path, capsys):
+    words = ["render", "slurm", "--hardware", "hopper", "--suite", "helix-gqa", "--into", str(tmp_path / "r")]
+    assert cli.main([*words, "--image", "docker://reg/helix:1", "--select", "hopper=h200", "--partition", "gpu"]) == 0
+    text = (tmp_path / "r" / "hopper-8gpu.sbatch").read_text()
+    lines = text.splitlines()
+    count = len((tmp_path / "r" / "hopper-8gpu.txt").read_text().splitlines())
+    for directive in (f"--array=0-{count - 1}%16", "--gpus-per-node=8", "--constraint=h200", "--partition=gpu"):
+        assert f"#SBATCH {directive}" in lines
+    assert "--container-image=docker://reg/helix:1" in lines[-1] and "python3 -m harness" in lines[-1]
+    assert cli.main(words) == 2  # the folder is used
+
+
+def test_what_array_tasks_leave_is_merged_by_name(tmp_path, stub, capsys):
+    from harness.executors.slurm import SlurmOptions, sbatch
+
+    group = Group(name="hopper-4gpu", hardware="hopper", gpus=4, cores=4, memory_bytes=0, cells=(HELIX.id, OTHER.id))
+    options = SlurmOptions(root=tmp_path, runs=tmp_path / "runs", lists=tmp_path, arguments=("--suite", "s"))
+    (tmp_path / "hopper-4gpu.txt").write_text("".join(f"{cell}\n" for cell in group.cells))
+    (tmp_path / "job").write_text(sbatch(group, options))
+    for index in ("0", "1", "1"):  # the second is requeued
+        subprocess.run(["bash", str(tmp_path / "job")], env={**stub, "SLURM_ARRAY_TASK_ID": index}, check=True)
+    assert (tmp_path / "runs" / "hopper-4gpu-1" / "resumed").exists()
+    assert cli.main(["merge", str(tmp_path / "runs"), "--into", str(tmp_path / "all")]) == 0
+    assert {one.cell.id for one in load(tmp_path / "all").results} == {BASE.id, HELIX.id, OTHER.id}
+
+
+@pytest.mark.parametrize("version", KINDS)
+def test_manifests_fit_the_published_schema(version):
+    group = Group(name="hopper-4gpu", hardware="hopper", gpus=4, cores=4, memory_bytes=0, cells=(HELIX.id, OTHER.id))
+    cpu = group.model_copy(update={"name": "cpu-4core", "hardware": "cpu", "gpus": 0, "memory_bytes": 3 * 2**30})
+    for one in (group, cpu):
+        for manifest in manifests(one, KubernetesOptions(image="reg/helix:1", models="hub")):
+            read_back = yaml.safe_load(yaml.safe_dump(manifest))
+            assert kubernetes_validate.validate(read_back, version, strict=True) == version
+
+
+def test_a_job_has_one_index_a_cell_and_takes_gpus_of_the_family():
+    group = Group(name="hopper-4gpu", hardware="hopper", gpus=4, cores=4, memory_bytes=0, cells=(HELIX.id, OTHER.id))
+    cells, job = manifests(group, KubernetesOptions(image="reg/helix:1", at_once=8))
+    assert cells["data"]["cells.txt"].split() == [HELIX.id, OTHER.id]
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.family": "hopper"}
+    other = manifests(group, KubernetesOptions(image="i", select=(("hopper", "gpu/type=h200"),)))[1]
+    assert other["spec"]["template"]["spec"]["nodeSelector"] == {"gpu/type": "h200"}
+
+
+def test_a_manifest_with_a_slip_does_not_fit():
+    group = Group(name="g", hardware="hopper", gpus=4, cores=4, memory_bytes=0, cells=(HELIX.id,))
+    job = manifests(group, KubernetesOptions(image="i"))[1]
+    job["spec"]["completion"] = job["spec"].pop("completions")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, KINDS[-1], strict=True)
+
+
+def test_what_pods_leave_is_merged_and_a_pod_that_never_ran_is_missing_by_name(tmp_path, stub, capsys):
+    group = Group(name="hopper-4gpu", hardware="hopper", gpus=4, cores=4, memory_bytes=0, cells=(HELIX.id, OTHER.id))
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "cells.txt").write_text(
+        manifests(group, KubernetesOptions(image="i"))[0]["data"]["cells.txt"]
+    )
+    text = script(group, KubernetesOptions(image="i"), str(tmp_path / "runs"), str(tmp_path / "cells"))
+    environment = {**stub, "JOB_COMPLETION_INDEX": "1"}
+    subprocess.run(["/bin/bash", "-euc", text, "cell"], env=environment, check=True)
+    from test_merge import run_of
+
+    from harness.chosen import Chosen
+
+    plan = run_of(tmp_path / "plan", [], [BASE.id, HELIX.id, OTHER.id], Chosen(suites=("s",)))
+    assert cli.main(["merge", str(tmp_path / "runs"), str(plan), "--into", str(tmp_path / "all")]) == 3
+    assert f"expected 3, got 2\n  missing: {HELIX.id} (planned by plan)" in capsys.readouterr().out
+
+
+def test_render_writes_the_plan_that_merge_expects(tmp_path, capsys):
+    words = ["render", "kubernetes", "--hardware", "hopper", "--suite", "helix-gqa", "--into", str(tmp_path / "k")]
+    assert cli.main(words) == 2 and "--image" in capsys.readouterr().err
+    assert cli.main([*words[:-1], str(tmp_path / "j"), "--image", "reg/helix:1"]) == 0
+    cells = [
+        document["data"]["cells.txt"].split()
+        for file in (tmp_path / "j").glob("*.yaml")
+        for document in yaml.safe_load_all(file.read_text())
+        if document["kind"] == "ConfigMap"
+    ]
+    expected = set(load(tmp_path / "j" / "plan").unfinished)
+    assert {cell for group in cells for cell in group} < expected  # baselines come with the others
