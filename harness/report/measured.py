@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from harness.bench.result import BenchResult, Interval, KvCapacity, LoadResult, Metric
+from harness.bench.result import BenchResult, Interval, LoadResult, Metric
 from harness.report.text import number, plural
 
 _SPAN = math.log(4)  # the drawing reaches from a quarter to four times the baseline
@@ -27,14 +27,12 @@ class Line:
 class Load:
     title: str
     lines: list[Line]
-    planner: str
 
 
 @dataclass(frozen=True)
 class Measured:
     loads: list[Load]
     about: str
-    kv: str
 
 
 def measured(bench: BenchResult | None) -> Measured | None:
@@ -45,7 +43,6 @@ def measured(bench: BenchResult | None) -> Measured | None:
     return Measured(
         loads=[_load(load) for load in bench.loads],
         about=f"{bench.generator}; {plural(bench.rounds, 'round')}, {turns}; means with 95 % intervals",
-        kv=_kv(bench),
     )
 
 
@@ -57,7 +54,7 @@ def _load(load: LoadResult) -> Load:
         for count, whose in ((load.failed, ""), (load.baseline_failed, " at the baseline"))
         if count
     ]
-    return Load(", ".join([title, *lost]), [_line(metric) for metric in load.metrics], _planner(load))
+    return Load(", ".join([title, *lost]), [_line(metric) for metric in load.metrics])
 
 
 def _line(metric: Metric) -> Line:
@@ -102,26 +99,3 @@ def _drawn(ratio: Interval | None) -> Markup:
         f'<path class="stem" d="M{x(low):.1f} 8H{x(high):.1f}"/>'
         f'<circle class="hit" cx="{x(ratio.value):.1f}" cy="8" r="3.5"/></svg>'
     )
-
-
-def _planner(load: LoadResult) -> str:
-    said = load.predicted
-    if said.cell_ms is None:
-        return f"Planner: {said.why_not}" if said.why_not else ""
-    band = ""
-    if said.cell_low_ms is not None and said.cell_high_ms is not None:
-        band = f" ({number(said.cell_low_ms)} to {number(said.cell_high_ms)})"
-    ratio = f", × {number(said.ratio)} of the baseline" if said.ratio is not None else ""
-    return f"Planner: {number(said.cell_ms)} ms between tokens{band}{ratio}"
-
-
-def _kv(bench: BenchResult) -> str:
-    def shown(one: KvCapacity) -> str:
-        size = f", {one.bytes / 2**30:.2f} GiB a rank" if one.bytes is not None else ""
-        return f"{one.tokens:,} tokens{size}"
-
-    said = [f"KV capacity: {shown(bench.kv)}"] if bench.kv else []
-    said += [f"the baseline's {shown(bench.baseline_kv)}"] if bench.baseline_kv else []
-    said += [f"× {number(bench.kv_ratio)}"] if bench.kv_ratio is not None else []
-    said += [f"promised × {number(bench.promised)}"] if bench.promised is not None else []
-    return "; ".join(said)

@@ -139,7 +139,7 @@ def bench() -> BenchResult:
         concurrency=8,
         requests=24,
         metrics=(
-            metric("time between tokens", "ms", 12.0, 16.0, 0.75),
+            metric("ITL p50", "ms", 12.0, 16.0, 0.75),
             metric("time to first token", "ms", 900.0, 600.0, 1.5),
             metric("output throughput", "tokens/s", 510.0, 500.0, 1.02),
         ),
