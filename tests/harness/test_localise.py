@@ -211,12 +211,11 @@ def test_nothing_else_is_run_again(tmp_path, attempt, declared, verdict):
 
 def test_a_broken_promise_of_capacity_is_not_traced(tmp_path):
     """The answers agree: there is no wrong merge to look for."""
-    cell = HELIX.model_copy(update={"mode": Mode.STANDARD_DCP, "model": "recipe:llama-k2", "tp": 4, "kvp": 2})
+    dcp = {"mode": Mode.STANDARD_DCP, "model": "recipe:llama-k2", "tp": 4, "kvp": 2, "comm": "a2a"}
+    cell = HELIX.model_copy(update=dcp)
     executor = Capturing(OFF)
     made = tuple(
-        dataclasses.replace(
-            proofs(cell)[rank % 2], rank=rank, tp=4, tpa_rank=rank // 2, group_ranks=ranks, helix=False, combine="ag_rs"
-        )
+        dataclasses.replace(proofs(cell)[rank % 2], rank=rank, tp=4, tpa_rank=rank // 2, group_ranks=ranks, helix=False)
         for rank, ranks in enumerate([(0, 1), (0, 1), (2, 3), (2, 3)])
     )
     executor.answers[cell.key] = good(cell, proofs=made)
