@@ -118,7 +118,8 @@ def groups() -> Iterator[tuple[Group, list[Cell]]]:
     yield k4, [
         k4.cell(gqa, 4, 2, 16, "a2a"), k4.cell(tp, 1), k4.cell(tp, 2), k4.cell(tp, 4), k4.cell(gqa, 4, 2, 1, "a2a"),
         k4.cell(gqa, 4, 2, 1, "ag_rs"), k4.cell(gqa, 4, 2, 32, "a2a"), k4.cell(gqa, 4, 2, 16, "ag_rs"),
-        k4.cell(gqa, 4, 4, 16, "a2a"), k4.cell(tp, 4, seats=4), k4.cell(tp, 8),
+        k4.cell(gqa, 4, 4, 16, "a2a"), k4.cell(tp, 4, seats=4), k4.cell(tp, 8), k4.cell(gqa, 4, 2, 32, "ag_rs"),
+        k4.cell(gqa, 4, 4, 1, "a2a"), k4.cell(gqa, 4, 4, 16, "ag_rs"), k4.cell(gqa, 4, 4, 1, "ag_rs"),
     ]  # fmt: skip
     v2 = Group(model="recipe:deepseek-v2", block=16)
     yield v2, [v2.cell(mla, 4, 4, 16, "a2a"), v2.cell(tp, 1), v2.cell(tp, 2)]
