@@ -137,38 +137,69 @@ def calibrate(
 ) -> Calibration:
     """The calibration for `gpu` (a key of `hardware.json`): fits where it, or another, was measured, else assumptions.
 
-    `backend`: attention measured with it is preferred; else the fastest backend of each case counts. `given` replaces
-    what is read from `folder`.
+    `backend`: attention measured with it is preferred; else all backends count alike. `given` replaces what is read
+    from `folder`.
     """
     found = read_measurements(folder) if given is None else None
     every = tuple(found.measurements if found else given)
-    fits = dict(ASSUMED)
-    for kind in ASSUMED:
-        own = [m for m in every if m.kind == kind and _SERVED.get(kind, m.series) == m.series]
-        if kind.endswith("attention") and len(mine := [m for m in own if m.series == backend]) >= ENOUGH:
-            own = mine
-        elif kind == "stream" or kind.endswith("attention"):
-            own = _fastest(own)
-        here = [m for m in own if m.device == gpu]
-        if len(here) >= ENOUGH:
-            fits[kind] = fitted(here)
-        elif len(own) >= ENOUGH:
-            carried = fitted(own)
-            source = f"{carried.source}, carried over from {', '.join(sorted({m.device for m in own}))}"
-            fits[kind] = replace(carried, band=carried.band + CARRIED_BAND, source=source)
-    # Without measurements of their own, attention and GEMMs stream memory as a copy does, at best.
-    for kind in ("attention", "latent attention", "weights"):
-        if not fits[kind].measured and fits["stream"].measured:
-            efficiency = fits["stream"].efficiency
-            fits[kind] = Fit(efficiency, source=f"assumed as fast as a copy ({efficiency:.2f} of the data sheet)")
-    return Calibration(fits, found.left_out if found else ())
+    fits = {kind: _class(kind, gpu, backend, every) for kind in ASSUMED}
+    return Calibration(_with_copies(fits), found.left_out if found else ())
+
+
+def by_backend(whole: Calibration, gpu: str, backends: Sequence[str], given: Sequence[Measurement]) -> Calibration:
+    """`whole` with attention fits that hold arrays, entry by entry that of `backends`."""
+    fits = dict(whole.fits)
+    for kind in ("attention", "latent attention"):
+        known = {name: _with_copies({**fits, kind: _class(kind, gpu, name, given)})[kind] for name in set(backends)}
+        each = [known[name] for name in backends]
+        columns = {name: np.array([getattr(one, name) for one in each]) for name in ("efficiency", "overhead", "band")}
+        fits[kind] = replace(fits[kind], per_rank=0.0, **columns)
+    return Calibration(fits)
+
+
+def repeated(calibration: Calibration, times: int) -> Calibration:
+    """What `by_backend` made, for a grid whose every entry stands `times` times in a row."""
+
+    def longer(one: Fit) -> Fit:
+        columns = ("efficiency", "overhead", "band")
+        arrays = {name: np.repeat(getattr(one, name), times) for name in columns if np.ndim(getattr(one, name))}
+        return replace(one, **arrays)
+
+    return Calibration({kind: longer(one) for kind, one in calibration.fits.items()})
+
+
+def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement]) -> Fit:
+    """The fit of one class, or its assumption."""
+    own = [one for one in every if one.kind == kind and _SERVED.get(kind, one.series) == one.series]
+    if kind == "stream":
+        own = _fastest(own)
+    elif kind.endswith("attention") and len(mine := [one for one in own if one.series == backend]) >= ENOUGH:
+        own = mine
+    here = [one for one in own if one.device == gpu]
+    if len(here) >= ENOUGH:
+        return fitted(here)
+    if len(own) < ENOUGH:
+        return ASSUMED[kind]
+    carried = fitted(own)
+    source = f"{carried.source}, carried over from {', '.join(sorted({one.device for one in own}))}"
+    return replace(carried, band=carried.band + CARRIED_BAND, source=source)
+
+
+def _with_copies(fits: dict[str, Fit]) -> dict[str, Fit]:
+    """Without measurements of their own, attention and GEMMs stream memory as a copy does, at best."""
+    if not fits["stream"].measured:
+        return fits
+    efficiency = fits["stream"].efficiency
+    copied = Fit(efficiency, source=f"assumed as fast as a copy ({efficiency:.2f} of the data sheet)")
+    kinds = ("attention", "latent attention", "weights")
+    return {kind: copied if kind in kinds and not one.measured else one for kind, one in fits.items()}
 
 
 def _fastest(copies: Sequence[Measurement]) -> list[Measurement]:
-    """The fastest series, case by case: what the memory can do, or the best backend."""
+    """The fastest way to copy or to read, case by case: what the memory can do."""
     best: dict[tuple[str, str], Measurement] = {}
     for one in copies:
-        key = (one.source, one.case)
+        key = (one.device, one.case)
         if key not in best or one.seconds < best[key].seconds:
             best[key] = one
     return list(best.values())

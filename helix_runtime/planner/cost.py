@@ -48,6 +48,7 @@ class Cost:
     """Seconds of one decode step by term, and whether attention is bound by arithmetic; arrays as long as the grid."""
 
     terms: dict[str, np.ndarray]
+    reads: np.ndarray  # attention without its kernels' overhead
     latent: bool
     attention_computes: np.ndarray
     weights_compute: np.ndarray
@@ -91,7 +92,8 @@ def decode(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, l
         "all-reduce": reduce * layers + between,
         "launch": launch + np.zeros(len(grid)),
     }
-    return Cost(terms, shape.use_mla, computes, busy)
+    overhead = calibration["latent attention" if shape.use_mla else "attention"].predict(0.0)
+    return Cost(terms, (attention - overhead) * layers, shape.use_mla, computes, busy)
 
 
 def prefill(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, chunk: int = 8192) -> np.ndarray:

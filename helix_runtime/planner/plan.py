@@ -8,11 +8,12 @@ import numpy as np
 
 from helix_runtime import capabilities
 from helix_runtime.layout import Layout, LayoutError, legal_layouts
-from helix_runtime.planner.calibration import EAGER_LAUNCH, Calibration, calibrate
+from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, by_backend, calibrate, repeated
 from helix_runtime.planner.capacity import capacity
 from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, prefill, stored_bytes
 from helix_runtime.planner.grid import Grid, entry
 from helix_runtime.planner.hardware import BYTES, Gpu, PlannerError
+from helix_runtime.planner.measurements import Measurement, read_measurements
 from helix_runtime.planner.row import Row, bound, command, refused
 from helix_runtime.planner.verdict import WORTHWHILE, Verdict, judge
 from helix_runtime.shapes import ModelShape
@@ -104,9 +105,13 @@ class Plan:
 
 
 def plan(question: Question, calibration: Calibration | None = None) -> Plan:
-    """Answer `question`. PlannerError where it has no answer."""
-    calibration = calibration or calibrate(question.gpu.key, question.backend)
-    candidates = _Candidates(question, calibration)
+    """Answer `question`, each backend as it was measured. `calibration` instead prices all backends alike.
+
+    PlannerError where it has no answer.
+    """
+    found = read_measurements(FOLDER) if calibration is None else None
+    calibration = calibration or calibrate(question.gpu.key, question.backend, given=found.measurements)
+    candidates = _Candidates(question, calibration, found.measurements if found else None)
     rows = candidates.rows()
     verdict = judge(question, rows, candidates.sweep, candidates.crossover)
     return Plan(question, rows, verdict, calibration)
@@ -125,17 +130,19 @@ class Sweep:
 
 
 class _Candidates:
-    """Shardings (layouts but for the backend, MLA with and without replicated queries), costed at once."""
+    """Layouts with their backends, MLA with and without replicated queries, costed at once."""
 
-    def __init__(self, question: Question, calibration: Calibration):
-        self.question, self.calibration = question, calibration
+    def __init__(self, question: Question, calibration: Calibration, measured: Sequence[Measurement] | None):
+        self.question = question
         self.layouts = question.layouts()
-        shardings: dict[tuple, Layout] = {(one.tp, one.kvp, one.helix_mode): one for one in self.layouts}
         self.variants = [
             (layout, replicate)
-            for layout in shardings.values()
+            for layout in self.layouts
             for replicate in ((False, True) if layout.use_mla and layout.kvp > 1 else (False,))
         ]
+        backends = [layout.attention_backend for layout, _ in self.variants]
+        alike = measured is None
+        self.calibration = calibration if alike else by_backend(calibration, question.gpu.key, backends, measured)
         workload, gpu = question.workload, question.gpu
         self.grid = Grid.of(entry(layout, replicate) for layout, replicate in self.variants)
         self.stored = stored_bytes(workload, self.grid)
@@ -150,7 +157,7 @@ class _Candidates:
     @cached_property
     def sweep(self) -> Sweep:
         grid = self.grid.times(BATCHES)
-        cost = decode(self.question.workload, self.question.gpu, self.calibration, grid)
+        cost = decode(self.question.workload, self.question.gpu, repeated(self.calibration, len(BATCHES)), grid)
         seconds = cost.total.reshape(len(self.grid), len(BATCHES))
         batches = np.array(BATCHES)
         seconds = np.where(batches[None, :] <= self.fits[:, None], seconds, np.inf)
@@ -190,7 +197,7 @@ class _Candidates:
         prompt = prefill(question.workload, gpu, self.calibration, self.grid)
         best: dict[tuple, int] = {}  # the cheaper of gathered and replicated queries
         for at, (layout, _) in enumerate(self.variants):
-            key = (layout.tp, layout.kvp, layout.helix_mode)
+            key = (layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)
             if key not in best or total[at] < total[best[key]]:
                 best[key] = at
         plain = {layout.tp: prompt[at] for at, (layout, _) in enumerate(self.variants) if layout.kvp == 1}
@@ -200,7 +207,10 @@ class _Candidates:
         )
         speed = users / total / question.gpus
         front = _front(1 / total, speed, kept & np.isin(np.arange(len(total)), list(best.values())))
-        made = [self._row(layout, best[(layout.tp, layout.kvp, layout.helix_mode)], cost) for layout in self.layouts]
+        made = [
+            self._row(layout, best[(layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)], cost)
+            for layout in self.layouts
+        ]
         rows = [
             row.model_copy(
                 update={
@@ -256,6 +266,7 @@ class _Candidates:
             one_more_user_at=room.more_at,
             one_fewer_user_from=room.fewer_at,
             terms_ms=terms,
+            reads_ms=float(cost.reads[at] * 1e3),
             bound_by=bound(terms, bool(cost.attention_computes[at]), bool(cost.weights_compute[at])),
             eager_ms=kernels * max(0.0, EAGER_LAUNCH - self.calibration["launch"].predict(0.0)) * 1e3,
             refused_today=no,

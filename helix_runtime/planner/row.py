@@ -16,7 +16,8 @@ class Row(BaseModel):
     """A legal layout with one backend. Bytes are of one GPU; users and tokens are over all GPUs; times of one step.
 
     `batch` is of one server, of which there are `servers`. `possible`: the batch fits, and keeps the latency where
-    one is asked. `latency_low_ms`, `latency_high_ms`: the error band. `eager_ms`: what launching without CUDA graphs
+    one is asked. `latency_low_ms`, `latency_high_ms`: the error band. `reads_ms`: attention without its
+    kernels' overhead, which is all that more sharding can save. `eager_ms`: what launching without CUDA graphs
     would add. `refused_today`: why the plugin or vLLM does not start this layout yet, or None.
     """
 
@@ -49,6 +50,7 @@ class Row(BaseModel):
     latency_low_ms: float = 0.0
     latency_high_ms: float = 0.0
     terms_ms: dict[str, float]
+    reads_ms: float
     bound_by: str
     eager_ms: float
     prefill_s: float = 0.0

@@ -162,10 +162,10 @@ def show(plan: Plan, console: Console, about: str | None = None) -> None:
 
 
 def _lines(plan: Plan) -> list[list[Row]]:
-    """Rows that differ in nothing but the backend, together."""
+    """Rows that differ in nothing but the backend, and cost the same, together."""
     lines: dict[tuple, list[Row]] = {}
     for row in plan.rows:
-        lines.setdefault((row.tp, row.kvp, row.mode), []).append(row)
+        lines.setdefault((row.tp, row.kvp, row.mode, round(row.latency_ms, 6)), []).append(row)
     return list(lines.values())
 
 

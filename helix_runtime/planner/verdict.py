@@ -134,8 +134,12 @@ def _why(question: "Question", standard: Row, helix: Row) -> str:
     saved = standard.terms_ms["attention"] - helix.terms_ms["attention"]
     if question.ttl_ms is not None and helix.kv_bytes_per_user_gpu < standard.kv_bytes_per_user_gpu:
         return "each GPU holds and reads less of every user's cache, so more users keep the latency"
-    paid = sum(helix.terms_ms[term] - standard.terms_ms[term] for term in standard.terms_ms if term != "attention")
-    return f"attention takes {saved:.2f} ms less, everything else {abs(paid):.2f} ms {'more' if paid > 0 else 'less'}"
+    others = sum(standard.terms_ms[term] - helix.terms_ms[term] for term in standard.terms_ms if term != "attention")
+    return f"attention takes {_less(saved)}, everything else {_less(others)}"
+
+
+def _less(saved: float) -> str:
+    return f"{abs(saved):.2f} ms {'less' if saved >= 0 else 'more'}"
 
 
 def _why_not(question: "Question", standard: Row, helix: Row) -> str:
@@ -144,8 +148,8 @@ def _why_not(question: "Question", standard: Row, helix: Row) -> str:
     collectives = sum(helix.terms_ms[term] - standard.terms_ms[term] for term in ("gather", "exchange", "all-reduce"))
     weights = sum(helix.terms_ms[term] - standard.terms_ms[term] for term in ("attention weights", "FFN weights"))
     price = f"the exchange adds {collectives:.2f} ms and weights {weights:+.2f} ms, and attention saves {saved:.2f} ms"
-    if standard.terms_ms["attention"] < 0.15 * total:
-        return f"short context: attention is {standard.terms_ms['attention'] / total:.0%} of a step; {price}"
+    if standard.reads_ms < 0.15 * total:
+        return f"short context: reading KV is {standard.reads_ms / total:.0%} of a step; {price}"
     if helix.bound_by.endswith("arithmetic"):
         return f"bound by {helix.bound_by}, which sharding the sequence does not lessen; {price}"
     if helix.kvp > 1 and helix.tp > question.gpu.domain:

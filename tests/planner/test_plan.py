@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from helix_runtime import capabilities
 from helix_runtime.layout import LayoutError, resolve_layout
-from helix_runtime.planner import Question, load_gpu, plan
+from helix_runtime.planner import Question, load_gpu, plan, words
 from helix_runtime.planner.calibration import IDEAL
 from helix_runtime.planner.cli import main
 from helix_runtime.planner.plan import layouts_of
@@ -83,14 +83,18 @@ def test_every_legal_layout_appears_and_no_illegal_one(shape, hardware, gpus, al
 def test_at_4k_it_advises_against_helix(model, dtype):
     found = answer(model, 64, "gb200", 4096, weights=dtype, kv=dtype)
     assert found.verdict.pays is False and not found.best.helix
-    assert found.verdict.reason.startswith("short context: attention is ")
+    assert found.verdict.reason.startswith("short context: reading KV is ")
     assert found.verdict.gains.latency < 1
 
 
 @pytest.mark.parametrize("model, gpus", [(R1, 32), (R1, 64), (LLAMA, 64)])
 def test_at_one_million_tokens_it_advises_helix(model, gpus):
     found = answer(model, gpus, "gb200", 1_000_000)
-    assert found.verdict.pays is True and found.best.helix and found.best.refused_today is None
+    assert found.verdict.pays is True and found.best.helix
+    if found.best.refused_today:  # the fastest backend is one that the plugin refuses so far: another is named
+        assert "It does not start today" in words.verdict(found) and "The best that starts today is" in words.verdict(
+            found
+        )
     assert found.verdict.gains.interactivity > 1.13 and found.verdict.gains.most_users >= 4
     assert found.verdict.crossover < 1_000_000
 
