@@ -33,6 +33,13 @@ _HEADINGS = {
     "empty_shard": "empty shards",
     "local_tokens": "KV tokens here",
     "global_tokens": "KV tokens seen",
+    "misplaced_tokens": "KV tokens on the wrong rank",
+    "context_prefill": "prefills over context",
+    "all_to_all": "All-to-Alls",
+    "all_gather": "AllGathers",
+    "reduce_scatter": "ReduceScatters",
+    "exchange_members": "members of these groups, summed",
+    "on_device": "counted on the device",
 }
 #: Always a column, also where all ranks agree: a rank that ran no combine must be seen at once.
 _ALWAYS = {"rank", "tpa_rank", "kvp_rank", "group_ranks", "decode_attention", "decode_combine", "local_tokens"}
