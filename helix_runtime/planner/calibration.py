@@ -52,8 +52,7 @@ class Fit:
         return self.overhead + self.per_rank * ranks + roofline / self.efficiency
 
 
-#: Where nothing was measured. Collective latency: a one-shot all-reduce of 512 bytes takes 3.7, 4.8 and 5.9 µs on 2, 4
-#: and 8 H100 (github.com/sgl-project/sglang/pull/2904), so 2.6 µs + 1.1 µs * log2(ranks).
+#: Where nothing was measured.
 ASSUMED = {
     "stream": Fit(0.8),
     "attention": Fit(0.75),
@@ -66,9 +65,6 @@ ASSUMED = {
     "all-to-all": Fit(0.7),
     "all-gather": Fit(0.7),
 }
-LATENCY_BASE, LATENCY_LOG2 = 2.6e-6, 1.1e-6
-#: A collective that leaves the NVLink domain: assumed.
-NETWORK_LATENCY = 15e-6
 #: Host time of one kernel that is launched outside a CUDA graph: assumed.
 EAGER_LAUNCH = 5e-6
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helix_runtime.planner.calibration import LATENCY_BASE, LATENCY_LOG2, NETWORK_LATENCY, Calibration
+from helix_runtime.planner.calibration import Calibration
 from helix_runtime.planner.grid import A2A, AG_RS, Grid
 from helix_runtime.planner.hardware import BYTES, Gpu
 from helix_runtime.planner.weights import Weights, weights_of
@@ -79,7 +79,7 @@ def decode(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, l
     # After o_proj, over the ranks that split it, and after the FFN, over those that split that; pipelines pass it on.
     reduce = _all_reduce(hidden, grid.output, gpu, calibration)
     reduce = reduce + _all_reduce(hidden, grid.ffn * grid.experts, gpu, calibration)
-    between = np.where(grid.stages > 1, LATENCY_BASE + hidden / gpu.link, 0) * (grid.stages - 1)
+    between = np.where(grid.stages > 1, gpu.latency + hidden / gpu.link, 0) * (grid.stages - 1)
     kernels = KERNELS * layers + (KERNELS_MOE - KERNELS) * weights.moe_layers
     launch = kernels * (calibration["launch"].predict(0.0) if launches else 0.0)
     # Stages work on different micro-batches at the same time, and a token passes through all of them.
@@ -162,8 +162,8 @@ def hop_b(compute: float, communication: float, requests: int) -> tuple[float, f
 def latency(ranks: np.ndarray, gpu: Gpu) -> np.ndarray:
     """Seconds of a collective of a few bytes."""
     ranks = np.asarray(ranks, float)
-    within = LATENCY_BASE + LATENCY_LOG2 * np.log2(np.maximum(ranks, 1))
-    return np.where(ranks > 1, within + np.where(ranks > gpu.domain, NETWORK_LATENCY, 0), 0)
+    within = gpu.latency + gpu.latency_per_doubling * np.log2(np.maximum(ranks, 1))
+    return np.where(ranks > 1, within + np.where(ranks > gpu.domain, gpu.network_latency, 0), 0)
 
 
 def _attention(

@@ -29,6 +29,9 @@ class Gpu:
     link: float  # bytes/s
     domain: int
     network: float  # bytes/s
+    latency: float  # seconds of a collective on one rank, extrapolated; it grows by
+    latency_per_doubling: float  # … with every doubling of the ranks, and beyond a domain by
+    network_latency: float
     sources: tuple[str, ...]
 
     def arithmetic(self, dtype: str) -> float:
@@ -59,6 +62,9 @@ def load_gpu(name: str, file: Path = FILE) -> Gpu:
         link=entry["link_gbps"] * 1e9,
         domain=entry["domain"],
         network=entry["network_gbps"] * 1e9,
+        latency=entry["latency_us"] * 1e-6,
+        latency_per_doubling=entry["latency_us_per_doubling"] * 1e-6,
+        network_latency=entry["network_latency_us"] * 1e-6,
         sources=tuple(entry["sources"]),
     )
 

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.planner import steps
 from helix_runtime.planner.calibration import (
     ASSUMED_BAND,
     CARRIED_BAND,
+    FOLDER,
     calibrate,
     fit,
     fitted,
@@ -123,6 +125,14 @@ def test_rows_are_read_generically(tmp_path):
     left = " ".join(found.left_out)
     assert "unknown device" in left and "no JSON" in left and "juggle" in left and "row 5: KeyError: 'bytes'" in left
     assert len(found.left_out) == 5
+
+
+def test_measured_layers_that_no_fit_has_seen_lie_in_their_band():
+    """Whole layers of one rank on an H200, 8B to 671B: nine of ten inside the band, and none off by a third."""
+    found = steps(FOLDER / "results" / "step-h200.json")
+    assert len(found) >= 20
+    assert sum(one.inside for one in found) >= 0.9 * len(found)
+    assert all(0.75 < one.predicted / one.measured < 1.33 for one in found)
 
 
 def test_the_committed_measurements_calibrate_an_h200():
