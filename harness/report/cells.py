@@ -36,6 +36,8 @@ class _Work:
                 baseline=self.results.get(row.result.baseline_id),
                 earlier=self.run.earlier.get(cell.id, ()),
                 tries=self.run.tries.get(cell.id, ()),
+                image=self.run.image,
+                code=self.run.code,
                 log=self.logs.get(cell.key[:8]),
                 run_dir=self.run_dir,
                 whole_log=self.pack,

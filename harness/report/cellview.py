@@ -130,11 +130,16 @@ def body_of(
     baseline: CellResult | None = None,
     earlier: tuple[CellResult, ...] = (),
     tries: tuple[Try, ...] = (),
+    image: str = "",
+    code: str = "",
     log: Path | None = None,
     run_dir: Path | None = None,
     whole_log: bool = False,
 ) -> Body:
-    """`log`: the cell's whole log, where it is on this disk. `whole_log`: the caller compresses the body."""
+    """`image`, `code`: of the run. `log`: the cell's whole log, where it is on this disk.
+
+    `whole_log`: the caller compresses the body.
+    """
     result = row.result
     text, link = _log(result, log, run_dir)
     lines = clean(text).rstrip().splitlines()
@@ -144,7 +149,7 @@ def body_of(
         meaning=TABLE[result.verdict].sentence,
         rerun=rerun(result.cell.id),
         command=result.command or result.cell.shown(),
-        facts=_facts(result),
+        facts=_facts(result, image, code),
         proof=proof_of(result.proof),
         statistics=[_statistic(one) for one in result.statistics],
         curve=drawing.curve(result.curve),
@@ -213,21 +218,20 @@ def _options(result: CellResult) -> tuple[list[str], list[str]]:
     return options, notes + ([f"planted defect: {cell.fault}"] if cell.fault else [])
 
 
-def _facts(result: CellResult) -> list[tuple[str, str]]:
+def _facts(result: CellResult, image: str, code: str) -> list[tuple[str, str]]:
     cell = result.cell
-    versions = dict(result.versions)
-    image = versions.pop("image", "")
     facts = [
         ("model", cell.model),
         ("hardware", _hardware(result)),
-        *((name, value) for name, value in result.versions if name != "image"),
-        ("image digest", image or "none: a process of the host"),
+        *result.versions,
+        ("image digest", image or "none: processes of the host"),
         ("suites", ", ".join(result.suites) or "none"),
         ("workload", cell.workload),
         ("started", result.started[:19].replace("T", " ") or "not started"),
         ("attempts", str(result.attempts)),
         ("content key", cell.key),
     ]
+    facts += [("code", code)] if code else []
     return facts + ([("transcript", result.transcript_digest)] if result.transcript_digest else [])
 
 

@@ -34,6 +34,8 @@ class Run(Frozen):
     ended: str = ""  # empty: the run is going on, or was cut off
     hardware: tuple[str, ...] = ()
     argv: tuple[str, ...] = ()
+    image: str = ""  # digest of the image that servers ran in; empty: processes of the host, or an older ledger
+    code: str = ""  # hash of the code that ran
     results: tuple[CellResult, ...] = ()
     #: cell id -> results that a later one in this ledger replaced
     earlier: dict[str, tuple[CellResult, ...]] = Field(default_factory=dict)
@@ -52,7 +54,8 @@ class Run(Frozen):
 
 def load(run_dir: Path) -> Run:
     """Read the ledger in `run_dir`. Never raises on its content; a missing ledger is a run without results."""
-    events, left_out = read_events(ledger.find(run_dir))
+    path = ledger.find(run_dir)
+    events, left_out = read_events(path)
     start: dict = {}
     ended = ""
     started_cells: list[str] = []
@@ -84,11 +87,12 @@ def load(run_dir: Path) -> Run:
             case kind:
                 left_out.append(f"event {number}: unknown event {str(kind)[:80]!r}")
     return Run(
-        name=_text(start.get("run")) or run_dir.name,
+        name=run_dir.name if path.suffix == ".xz" else _text(start.get("run")) or run_dir.name,  # evidence: its folder
         started=_text(start.get("time")),
         ended=_text(ended),
         hardware=tuple(_strings(start.get("hardware"))),
         argv=tuple(_strings(start.get("argv"))),
+        **{name: _text(_setting(start).get(name)) for name in ("image", "code")},
         results=tuple(results[-1] for results in by_id.values()),
         earlier={cell_id: tuple(results[:-1]) for cell_id, results in by_id.items() if len(results) > 1},
         tries={cell_id: tuple(found) for cell_id, found in tries.items()},
@@ -151,6 +155,11 @@ def _mended(value: object, field: str = "") -> object:
     if isinstance(value, list):
         return [_mended(item) for item in value]
     return math.nan if value is None and field in _NUMBERS else value
+
+
+def _setting(start: dict) -> dict:
+    found = start.get("setting")
+    return found if isinstance(found, dict) else {}
 
 
 def _try(event: dict) -> Try:

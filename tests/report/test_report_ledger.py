@@ -59,6 +59,23 @@ def test_attempts_of_a_cell_are_told_in_order(tmp_path):
     assert "2026-11-24 03:12:00 · out of memory</span> said 1" in page
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"image": "sha256:f00d", "code": "abc123"}, "sha256:f00d"),
+        ({"image": ""}, "processes of the host"),
+        (7, "none:"),
+    ],
+)
+def test_the_image_of_a_run_is_told_where_it_has_one(tmp_path, setting, said):
+    folder = examples.write_ledger(tmp_path, [PASS])
+    with (folder / "ledger.ndjson").open("a") as stream:
+        stream.write(json.dumps({"event": "run-start", "run": "x", "setting": setting}) + "\n")
+    page = report.write(folder).read_text()
+    fact = page.partition("<dt>image digest</dt><dd>")[2].partition("</dd>")[0]
+    assert said in fact
+
+
 def test_a_resumed_run_began_when_it_first_began(tmp_path):
     folder = examples.write_ledger(tmp_path, [PASS], started="2026-11-24T01:00:00Z")
     with (folder / "ledger.ndjson").open("a") as stream:
