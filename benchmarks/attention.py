@@ -48,6 +48,8 @@ def _is_launch(value: object) -> bool:
 
 def candidates(case: Attention) -> list[Candidate]:
     """Backends x page sizes x split counts worth measuring for a size."""
+    from helix_runtime.attention.split_kv import Launch
+
     if case.latent:
         return [
             Candidate("FLASHMLA", 64),
@@ -63,6 +65,7 @@ def candidates(case: Attention) -> list[Candidate]:
     return [
         *dict.fromkeys(fa),
         *(Candidate("TRITON", page) for page in (16, 64, 128)),
+        *(Candidate("TRITON", 64, (("launch", Launch(64, 4, stages)),)) for stages in (2, 4)),
         *(Candidate("FLASHINFER", page) for page in (16, 64)),
     ]
 

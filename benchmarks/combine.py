@@ -77,7 +77,7 @@ def combine_candidates(case: Case, vllm: vllm_ops.VllmOps | None, compiled: bool
         for partial, row in zip(inputs, rows, strict=True):
             vllm.pack(*partial, row)
         candidates["vllm"] = [lambda r=r: vllm.combine(r) for r in rows]
-    if flashinfer is not None:
+    if flashinfer is not None and case.head_dim in (64, 128, 256, 512) and case.dtype != torch.float32:
         # Its layout is [B, N, H, D], its LSE of base 2.
         states = [(o.transpose(0, 1).contiguous(), (x / math.log(2)).transpose(0, 1).contiguous()) for o, x in received]
         candidates["flashinfer"] = [lambda s=s: flashinfer.merge_states(*s) for s in states]
@@ -94,7 +94,7 @@ def measure(case: Case, operation: str, vllm: vllm_ops.VllmOps | None) -> dict:
     if operation == "pack":
         nbytes, candidates = case.pack_bytes, pack_candidates(case, vllm)
     else:
-        compiled = case.judged and case.heads == 16 and case.batch in (1024, 64)
+        compiled = case.judged and case.heads == 16 and case.head_dim == 128 and case.batch in (1024, 64)
         nbytes, candidates = case.combine_bytes, combine_candidates(case, vllm, compiled)
     candidates |= copy_calls(nbytes, case.sets) | {"empty": [empty_call()] * case.sets}
     times = interleave(candidates)

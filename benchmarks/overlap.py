@@ -3,15 +3,17 @@
     python -m benchmarks.overlap [--json PATH] [--only TEXT]
     python -m benchmarks.overlap --table PATH
 
-For each attention, a copy kernel on a stated number of multiprocessors moves as many bytes as take half (or a tenth) of
-the attention's time when it runs alone. Then a step is captured in a CUDA graph for every number of micro-batches, and
-all are replayed in turns. The exchange of a micro-batch copies its share of the bytes. Hidden is the part of the
+For each attention (ours, `TRITON`), a copy kernel of a stated number of programs, each of 512 threads and so on one
+multiprocessor, as an NCCL channel is, moves as many bytes as take half (or a tenth) of the attention's time when it
+runs alone. Then a step is captured in a CUDA graph for every way to cut the batch, and all are replayed in turns. The
+exchange of a micro-batch joins its attention's runs and copies its share of the bytes. Hidden is the part of the
 exchange's time by which the step with micro-batches is shorter than attention and exchange one after the other.
 Needs a CUDA device; `--table` needs none.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.attention_cases import Attention, inputs
@@ -19,47 +21,79 @@ from benchmarks.records import Record, Results
 
 CASES = [
     Attention(64, 128 << 10, 8, 1),
-    Attention(16, 256 << 10, 8, 1),
+    Attention(64, 256 << 10, 8, 1),
     Attention(64, 16 << 10, 8, 1),
     Attention(8, 128 << 10, 8, 1),
     Attention(8, 16 << 10, 8, 1),
 ]
-MULTIPROCESSORS = (2, 4, 8, 16)
-COUNTS = (1, 2, 4, 5, 6, 8, 12, 16)
+PROGRAMS = (2, 4, 8)
 SHARES = (0.5, 0.1)
+THREADS = 512
 
 
-def copier(multiprocessors: int):
-    """(target, source int32) -> copies with that many programs of 1024 threads, one to a multiprocessor."""
+@dataclass(frozen=True)
+class Cut:
+    """How a batch is cut: into `count` micro-batches, the last ones halved `halvings` times, each attention in so few
+    runs that multiprocessors stay free (`room`), or in as many as are fastest alone."""
+
+    count: int
+    halvings: int = 0
+    room: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.count}{f' halved {self.halvings}x' if self.halvings else ''}{' room' if self.room else ''}"
+
+
+CUTS = [
+    Cut(1),
+    *(Cut(count) for count in (2, 5, 8)),
+    *(Cut(count, 3) for count in (5, 6, 8)),
+    *(Cut(count, 3, True) for count in (5, 6, 8)),
+    Cut(8, 0, True),
+    Cut(6, 4, True),
+]
+
+
+def copier(programs: int):
+    """(target, source int32) -> copies with that many programs of THREADS threads, each on one multiprocessor."""
     from benchmarks.timing import copy_some
 
     def copy(target, source):
-        copy_some[(multiprocessors,)](target, source, source.numel(), BLOCK=8192, num_warps=32)
+        copy_some[(programs,)](target, source, source.numel(), BLOCK=16 * THREADS, num_warps=THREADS // 32)
 
     return copy
 
 
-def measure(case: Attention, results: Results, kernel_name: str) -> None:
+def measure(case: Attention, results: Results) -> None:
     import torch
 
     from benchmarks.timing import interleave
     from helix_runtime.attention.device import decode_kernel
+    from helix_runtime.attention.split_kv import multiprocessors
     from helix_runtime.overlap import StreamLanes, measured_count, micro_batch_count, micro_batches, overlapped
 
-    page = 128 if kernel_name == "FLASH_ATTN" else 64
-    given = inputs(case, page)
-    kernel = decode_kernel(kernel_name, case.scale)
+    given = inputs(case, page=128)
     lanes = StreamLanes("cuda")
+    outputs = torch.empty(1, case.batch, case.q_heads, case.head_dim, dtype=torch.bfloat16, device="cuda")
+    lses = torch.empty(1, case.batch, case.q_heads, device="cuda")
 
-    def attend(index, part):
-        return kernel.decode(given.query[part], given.kv_cache, given.block_table[part], given.lengths[part])
+    def begin(part: slice, splits: int | None = None):
+        kernel = decode_kernel("TRITON", case.scale, splits=splits)
+        return kernel.begin(given.query[part], given.kv_cache, given.block_table[part], given.lengths[part])
 
-    attention = interleave({"attention": [lambda: attend(0, slice(0, case.batch))]}, rounds=results.rounds)
-    attention_us = attention["attention"].median
+    def finish(part: slice, parts):
+        decode_kernel("TRITON", case.scale).finish(parts, outputs[:, part], lses[:, part])
+
+    def attend():
+        kernel = decode_kernel("TRITON", case.scale)
+        kernel.send(*given.arguments, outputs, lses)
+
+    attention_us = interleave({"attention": [attend]}, rounds=results.rounds)["attention"].median
     source = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")  # 256 MB
     target = torch.empty_like(source)
-    for multiprocessors in MULTIPROCESSORS:
-        copy = copier(multiprocessors)
+    for programs in PROGRAMS:
+        copy = copier(programs)
         probe = source[: 8 << 20]  # 32 MB: its rate tells how many bytes take the wanted time
         rate = interleave({"probe": [lambda c=copy, p=probe: c(target[: p.numel()], p)]}, rounds=5)["probe"].median
         for share in SHARES:
@@ -68,56 +102,67 @@ def measure(case: Attention, results: Results, kernel_name: str) -> None:
                 continue
             each = words // case.batch
 
-            def exchange(index, part, partial, copy=copy, each=each):
+            def exchange(part: slice, copy=copy, each=each):
                 span = slice(part.start * each, part.stop * each)
                 copy(target[span], source[span])
 
-            def step(count, exchange=exchange):
-                overlapped(micro_batches(case.batch, count), attend, exchange, lanes)
+            def step(cut: Cut, exchange=exchange, programs=programs):
+                if cut.count == 1:
+                    attend()
+                    return exchange(slice(0, case.batch))
 
-            counts = [count for count in COUNTS if count <= case.batch]
-            calls = {str(count): [lambda count=count, step=step: step(count)] for count in counts}
+                def begun(index, part):
+                    rows = part.stop - part.start
+                    resident = 3 * (multiprocessors(given.query.device) - programs)
+                    return begin(part, max(1, resident // rows) if cut.room else None)
+
+                def moved(index, part, parts):
+                    finish(part, parts)
+                    exchange(part)
+
+                return overlapped(micro_batches(case.batch, cut.count, cut.halvings), begun, moved, lanes)
+
+            cuts = [cut for cut in CUTS if cut.count <= case.batch]
+            calls = {cut.name: [lambda cut=cut, step=step: step(cut)] for cut in cuts}
             calls["exchange"] = [lambda copy=copy, words=words: copy(target[:words], source[:words])]
-            calls["attention"] = [lambda: attend(0, slice(0, case.batch))]
+            calls["attention"] = [attend]
             times = interleave(calls, rounds=results.rounds)
             alone, whole = times["exchange"].median, times["1"].median
-            chosen = measured_count({count: times[str(count)].median for count in counts})
-            predicted = micro_batch_count(case.batch, times["attention"].median, alone, counts=counts)
-            for count in counts:
-                took = times[str(count)]
-                results.add(
-                    Record(
-                        "overlap/step",
-                        {
-                            "attention": kernel_name,
-                            "batch": case.batch,
-                            "local_tokens": case.tokens,
-                            "micro_batches": count,
-                            "exchange_multiprocessors": multiprocessors,
-                            "exchange_bytes": 8 * words,
-                            "exchange_share": share,
-                        },
-                        case.bytes + 8 * words,
-                        case.flops,
-                        took.median,
-                        took.low,
-                        took.high,
-                        {
-                            "case": case.name,
-                            "attention_us": times["attention"].median,
-                            "exchange_us": alone,
-                            "hidden": round((whole - took.median) / alone, 3),
-                            "chosen": count == chosen,
-                            "predicted": count == predicted,
-                        },
-                    )
-                )
+            by_count = {}
+            for cut in cuts:
+                if cut.count not in by_count or times[cut.name].median < times[by_count[cut.count].name].median:
+                    by_count[cut.count] = cut
+            chosen = measured_count({count: times[cut.name].median for count, cut in by_count.items()})
+            predicted = micro_batch_count(case.batch, times["attention"].median, alone, counts=sorted(by_count))
+            for cut in cuts:
+                took = times[cut.name]
+                params = {
+                    "batch": case.batch,
+                    "local_tokens": case.tokens,
+                    "micro_batches": cut.count,
+                    "halvings": cut.halvings,
+                    "room": cut.room,
+                    "exchange_programs": programs,
+                    "exchange_threads": programs * THREADS,
+                    "exchange_bytes": 8 * words,
+                    "exchange_share": share,
+                }
+                best = by_count[cut.count] == cut
+                extra = {
+                    "case": case.name,
+                    "cut": cut.name,
+                    "attention_us": times["attention"].median,
+                    "exchange_us": alone,
+                    "hidden": round((whole - took.median) / alone, 3),
+                    "chosen": best and cut.count == chosen,
+                    "predicted": best and cut.count == predicted,
+                }
+                nbytes = case.bytes + 8 * words
+                results.add(Record("overlap/step", params, nbytes, case.flops, took.median, took.low, took.high, extra))
             print(
-                f"{case.name} {kernel_name} SMs {multiprocessors} share {share}: attention "
+                f"{case.name} programs {programs} share {share}: attention "
                 f"{times['attention'].median:.1f} exchange {alone:.1f} ({8 * words / alone / 1e3:.0f} GB/s) | "
-                + " ".join(
-                    f"{c}:{times[str(c)].median:.1f}({(whole - times[str(c)].median) / alone:.2f})" for c in counts
-                ),
+                + " | ".join(f"{cut.name}: {(whole - times[cut.name].median) / alone:.2f}" for cut in cuts),
                 flush=True,
             )
 
@@ -131,9 +176,9 @@ def table(results: Results) -> str:
     ]
     groups: dict[tuple, list[Record]] = {}
     for record in results.records:
-        keys = ("attention", "exchange_multiprocessors", "exchange_share", "exchange_bytes")
+        keys = ("exchange_programs", "exchange_share", "exchange_bytes")
         groups.setdefault((record.extra["case"], *(record.params[key] for key in keys)), []).append(record)
-    for (case, kernel, multiprocessors, share, nbytes), records in groups.items():
+    for (case, programs, share, nbytes), records in groups.items():
         several = [record for record in records if record.params["micro_batches"] >= 5]
         if not several:
             continue
@@ -142,12 +187,12 @@ def table(results: Results) -> str:
         chosen = next(record for record in records if record.extra["chosen"])
         predicted = next(record for record in records if record.extra["predicted"])
         cells = [
-            f"{case}, {kernel}",
-            f"{multiprocessors} SMs, {nbytes / 1e6:.1f} MB, {share:g} of the attention",
+            case,
+            f"{programs} SMs, {nbytes / 1e6:.1f} MB, {share:g} of the attention",
             f"{best.extra['attention_us']:.1f}",
             f"{best.extra['exchange_us']:.1f}",
             f"{whole.us:.1f}",
-            str(best.params["micro_batches"]),
+            best.extra["cut"],
             f"{best.us:.1f}",
             f"{best.extra['hidden']:.2f}",
             f"{chosen.params['micro_batches']}, {chosen.us / whole.us - 1:+.1%}",
@@ -161,7 +206,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", default="", help="only attentions whose name contains this")
-    parser.add_argument("--kernels", default="TRITON,FLASH_ATTN")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--table", type=Path, help="print the table of these results")
     options = parser.parse_args()
@@ -174,14 +218,14 @@ def main() -> None:
         sys.exit("benchmarks.overlap needs a CUDA device")
     results = Results.start("overlap", options.json, options.rounds)
     for case in CASES:
-        for kernel in options.kernels.split(","):
-            if options.only in case.name:
-                try:
-                    measure(case, results, kernel)
-                except Exception as failure:
-                    results.failed(f"{case.name} {kernel}", failure)
-                results.write()
-                torch.cuda.empty_cache()
+        if options.only not in case.name:
+            continue
+        try:
+            measure(case, results)
+        except Exception as failure:
+            results.failed(case.name, failure)
+        results.write()
+        torch.cuda.empty_cache()
     print(table(results))
 
 

@@ -19,11 +19,18 @@ import torch
 Partial = TypeVar("Partial")
 
 
-def micro_batches(requests: int, count: int) -> list[slice]:
-    """`count` consecutive slices of `requests` whose sizes differ by at most one; fewer where there are too few."""
+def micro_batches(requests: int, count: int, halvings: int = 0) -> list[slice]:
+    """`count` consecutive slices of `requests`, as equal as may be; fewer where there are too few requests.
+
+    halvings: the last slices are each about half of the one before. What stays exposed is the exchange of the last
+    slice, and an exchange that takes at most half of its attention's time still fits under a slice half its own size.
+    """
     count = max(1, min(count, requests))
-    edges = [requests * part // count for part in range(count + 1)]
-    return [slice(low, high) for low, high in itertools.pairwise(edges)]
+    weights = [2.0 ** -max(0, halvings - left) for left in reversed(range(count))]
+    total = sum(weights)
+    edges = [0, *(round(requests * sum(weights[: part + 1]) / total) for part in range(count))]
+    slices = [slice(low, high) for low, high in itertools.pairwise(edges) if high > low]
+    return slices or [slice(0, requests)]
 
 
 class Lanes(Protocol):
@@ -39,10 +46,13 @@ class Lanes(Protocol):
 
 
 class StreamLanes:
-    """A second CUDA stream. Can be captured in a CUDA graph: it forks from the current stream and joins it again."""
+    """A second CUDA stream. Can be captured in a CUDA graph: it forks from the current stream and joins it again.
+
+    Its priority is higher, so that an exchange gets the next multiprocessor that attention leaves, not the last.
+    """
 
     def __init__(self, device: torch.device | str):
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device, priority=-1)
 
     def submit(self, exchange: Callable[[], None]) -> None:
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -93,6 +103,10 @@ def overlapped(
     return None
 
 
+#: Numbers of micro-batches that the rule chooses from.
+COUNTS = (2, 3, 4, 5, 6, 8, 12, 16)
+
+
 @dataclass(frozen=True)
 class OverlapCosts:
     """What cutting a batch costs, in microseconds. Measured: benchmarks/results/overlap-h200.json.
@@ -121,7 +135,7 @@ def micro_batch_count(
     attention_us: float,
     exchange_us: float,
     costs: OverlapCosts = OverlapCosts(),
-    most: int = 16,
+    counts: Sequence[int] = COUNTS,
     gain: float = 0.02,
 ) -> int:
     """How many micro-batches to cut `requests` into: the predicted best, or 1 where it would not save `gain`.
@@ -129,7 +143,7 @@ def micro_batch_count(
     attention_us, exchange_us: of the whole batch, alone on the device.
     """
     whole = predicted_us(1, attention_us, exchange_us)
-    counts = range(2, min(most, requests) + 1)
+    counts = [count for count in counts if 1 < count <= requests]
     best = min(counts, key=lambda count: predicted_us(count, attention_us, exchange_us, costs), default=1)
     return best if best > 1 and predicted_us(best, attention_us, exchange_us, costs) <= (1 - gain) * whole else 1
 

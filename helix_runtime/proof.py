@@ -39,6 +39,7 @@ COUNTERS = (
     "reduce_scatter",  # ReduceScatters really called for a combine (CPU)
     "exchange_members",  # members of the groups of these three, summed over calls
     "misplaced_tokens",  # tokens written to a rank that does not own them, or not written by the one that does
+    "overlapped_combine",  # decode combines that ran beside the attention of the next micro-batch (HOP-B)
 )
 
 
@@ -46,6 +47,7 @@ COUNTERS = (
 class RankProof:
     """What one worker ran. `combine` is `a2a`, `ag_rs` or `none`; `combine_impl` names the function that did it.
 
+    `micro_batches`: into how many a decode batch is cut (`helix.overlap`).
     `on_device`: the counters are counted on the device, replays of graphs included, and lag by up to PUBLISHED.
     """
 
@@ -68,6 +70,7 @@ class RankProof:
     vllm_version: str
     self_test: str
     on_device: bool = False
+    micro_batches: int = 1
     counters: dict[str, int] = field(default_factory=dict)
 
 

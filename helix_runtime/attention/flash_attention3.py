@@ -1,13 +1,19 @@
 """FLASH_ATTN on Hopper: FlashAttention 3's paged decode, for GQA and, with queries in two parts, for MLA."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from helix_runtime.attention.libraries import load, require_hopper
 
 _LIBRARY = "vllm_flash_attn/_vllm_fa3_C"
-_EMPTY = torch.tensor(float("-inf"))
+
+
+@cache
+def _empty(device: torch.device) -> torch.Tensor:
+    """-inf on the device: a captured graph cannot read it from the host."""
+    return torch.tensor(float("-inf"), device=device)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class FlashAttention3:
         # lse [T, heads, tokens] -> [N, T, Hq / N]
         lse = lse.permute(2, 0, 1) if keys.shape[2] == 1 else lse.permute(1, 2, 0).flatten(0, 1).unsqueeze(2)
         # An empty shard's rows are what the kernel left there: with an lse of -inf nobody reads them.
-        torch.where(lengths[None, :, None] > 0, lse, _EMPTY, out=lses)
+        torch.where(lengths[None, :, None] > 0, lse, _empty(lse.device), out=lses)
 
 
 @dataclass(frozen=True)

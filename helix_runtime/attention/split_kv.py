@@ -13,6 +13,7 @@ import torch
 import triton
 
 from helix_runtime.attention.split_kv_code import gqa_kernel, join_kernel, mla_kernel
+from helix_runtime.combine.kernels import overlaps
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def decode_gqa(
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
-    launch: Launch = GQA_LAUNCH,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One query token a row over its first `lengths` local keys.
 
@@ -68,9 +69,26 @@ def decode_gqa(
     Returns (output, natural-log fp32 lse); an empty row is 0 and -inf. `splits` fixes the number of runs, and with it
     the bits of a row whatever the batch around it.
     """
+    parts = gqa_runs(query, keys, values, block_table, lengths, scale, splits=splits, launch=launch)
+    return join(*parts, query.dtype, out, lse, follows=True)
+
+
+def gqa_runs(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    *,
+    splits: int | None = None,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first half of `decode_gqa`: (part [T, splits, Hq, D], part_lse [T, splits, Hq]), fp32, for `join`."""
     rows, heads, dim = query.shape
     kv_heads, page = keys.shape[2], keys.shape[1]
     group = heads // kv_heads
+    launch = launch or GQA_LAUNCH
     splits = splits or split_count(rows * kv_heads, query.device)
     part, part_lse = _parts(query, rows, splits, heads, dim)
     gqa_kernel[(splits, kv_heads, rows)](
@@ -94,10 +112,11 @@ def decode_gqa(
         DIM=dim,
         PAGE=page,
         TILE=launch.tile,
+        PDL=overlaps(query.device),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return _join(part, part_lse, query.dtype, out, lse)
+    return part, part_lse
 
 
 def decode_mla(
@@ -140,10 +159,11 @@ def decode_mla(
         ROPE=width - value_dim,
         PAGE=latents.shape[1],
         TILE=launch.tile,
+        PDL=overlaps(query.device),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return _join(part, part_lse, query.dtype, out, lse)
+    return join(part, part_lse, query.dtype, out, lse, follows=True)
 
 
 def _parts(query: torch.Tensor, rows: int, splits: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +171,18 @@ def _parts(query: torch.Tensor, rows: int, splits: int, heads: int, dim: int) ->
     return part, query.new_empty((rows, splits, heads), dtype=torch.float32)
 
 
-def _join(part, part_lse, dtype, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
+def join(
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    follows: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `decode_gqa`, which may run on another stream: merge the runs and write `out` and `lse`.
+
+    follows: the runs are the kernel before this one on the same stream, so that this one may be started early.
+    """
     rows, splits, heads, dim = part.shape
     plain = out is None
     if plain:
@@ -162,6 +193,7 @@ def _join(part, part_lse, dtype, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"cannot write [{rows}, {heads}, {dim}] into {tuple(out.shape)} and {tuple(lse.shape)}")
     padded = triton.next_power_of_2(splits)
     columns = max(16, min(dim, 8192 // padded))
+    early = follows and overlaps(part.device)
     join_kernel[(rows, heads, dim // columns)](
         part,
         part_lse,
@@ -177,6 +209,8 @@ def _join(part, part_lse, dtype, out, lse) -> tuple[torch.Tensor, torch.Tensor]:
         DIM=dim,
         COLUMNS=columns,
         SPLITS_PAD=padded,
+        PDL=early,
         num_warps=4,
+        **({"launch_pdl": True} if early else {}),
     )
     return (out[0], lse[0]) if plain else (out, lse)

@@ -7,6 +7,7 @@ softmax is `exp2`; what is stored between the kernels is a natural-log LSE. Offs
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -35,8 +36,11 @@ def gqa_kernel(
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One run of keys for the GROUP query heads of one KV head; part [T, splits, Hq, D] fp32, part_lse [T, splits, Hq]."""
+    """One run of keys for a KV head's GROUP query heads; part [T, splits, Hq, D] fp32, part_lse [T, splits, Hq]."""
+    if PDL:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -118,8 +122,11 @@ def mla_kernel(
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One run of latents [RANK + ROPE] for BLOCK_H heads: values are the latents' first RANK columns, loaded once."""
+    if PDL:
+        gdc_launch_dependents()
     split = tl.program_id(0)
     row = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + row)
@@ -184,8 +191,12 @@ def join_kernel(
     DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Merge a row's runs, and write it where the exchange wants it: head h is head h % HEADS_EACH of rank h // HEADS_EACH."""
+    """Merge a row's runs and write it where the exchange wants it: head h is head h % HEADS_EACH of rank
+    h // HEADS_EACH. PDL: started while the runs are still computed, and waits for them here."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from helix_runtime.attention.split_kv import GQA_LAUNCH, MLA_LAUNCH, Launch, decode_gqa, decode_mla
+from helix_runtime.attention.split_kv import MLA_LAUNCH, Launch, decode_gqa, decode_mla, gqa_runs, join
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class TritonDecode:
 
     scale: float
     splits: int | None = None
-    launch: Launch = GQA_LAUNCH
+    launch: Launch | None = None
     name: str = "TRITON"
     needs_plan = False
     settles_empty = True
@@ -33,6 +33,16 @@ class TritonDecode:
         keys, values = kv_cache.unbind(1)
         options = {"splits": self.splits, "launch": self.launch, "out": outputs, "lse": lses}
         decode_gqa(query, keys, values, block_table, lengths, self.scale, **options)
+
+    def begin(self, query, kv_cache, block_table, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first of the two kernels: what `finish` joins, perhaps on another stream (HOP-B)."""
+        keys, values = kv_cache.unbind(1)
+        options = {"splits": self.splits, "launch": self.launch}
+        return gqa_runs(query, keys, values, block_table, lengths, self.scale, **options)
+
+    def finish(self, parts: tuple[torch.Tensor, torch.Tensor], outputs: torch.Tensor, lses: torch.Tensor) -> None:
+        """The second: into a send buffer, as `send`."""
+        join(*parts, outputs.dtype, outputs, lses)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Launch:
 
 
 @cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether a device has programmatic dependent launch: compute capability 9.0 and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
@@ -54,16 +54,18 @@ def _overlaps(device: torch.device) -> bool:
 def pack_launch(device: torch.device) -> Launch:
     """The launch of a pack, measured on an H200 (benchmarks/results/combine-sweep-h200.json and
     combine-small-h200.json): within 4 % of the best at every size there."""
-    return Launch(access=32, warps=4, pdl=_overlaps(device))
+    return Launch(access=32, warps=4, pdl=overlaps(device))
 
 
 def combine_launch(ranks: int, merged_bytes: int, device: torch.device) -> Launch:
     """The launch of a combine that writes `merged_bytes`, from the same measurements.
 
     A combine wants many threads with little each: 8 bytes of every rank; 4 where it writes too little to fill the GPU
-    with threads of 8, and 4 for many ranks, whose partials would not fit the registers otherwise.
+    with threads of 8, and 4 for many ranks, whose partials would not fit the registers otherwise. With more than 8
+    ranks it is not started early: its programs then fill the registers that the kernel before still needs.
     """
-    return Launch(access=4 if ranks > 32 or merged_bytes <= 64 << 10 else 8, warps=4, pdl=_overlaps(device))
+    early = ranks <= 8 and overlaps(device)
+    return Launch(access=4 if ranks > 32 or merged_bytes <= 64 << 10 else 8, warps=4, pdl=early)
 
 
 #: The most partials a combine holds in registers.

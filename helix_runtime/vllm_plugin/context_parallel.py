@@ -18,9 +18,11 @@ class ContextParallel:
 
     comm: vLLM's `--dcp-comm-backend`, `a2a` or `ag_rs`. combine: partials [B, H, D] and [B, H] (natural log, fp32) of
     this shard -> merged output [B, H / KVP, D] of the heads this rank owns; combine_name: the function behind it.
-    counts_tokens: count tokens where a layer writes them; False where `device_proof.py` counts them once a step. armed: the deliberate
-    defect, if any. capture: compares every merge with fp64, if asked for. site: the attention call that is running;
-    to_check: its inputs, where attention and combine are called apart (MLA) and a capture wants them.
+    counts_tokens: count tokens where a layer writes them; False where `device_proof.py` counts them once a step. armed:
+    the deliberate defect, if any. capture: compares every merge with fp64, if asked for. site: the attention call that
+    is running; to_check: its inputs, where attention and combine are called apart (MLA) and a capture wants them.
+    micro_batches: into how many a decode batch is cut, so that their exchanges overlap (`helix_runtime.overlap`); 1 is
+    none.
     """
 
     layout: Layout
@@ -31,6 +33,7 @@ class ContextParallel:
     make_combine: Callable[["ContextParallel"], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]
     combine_name: str
     counts_tokens: bool
+    micro_batches: int = 1
     armed: ArmedFault = NOTHING_ARMED
     capture: Capture | None = None
     site: Site | None = field(default=None, init=False)

@@ -8,6 +8,7 @@ Remove when: vLLM's CPU backend has `can_return_lse_for_decode`.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import (
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from helix_runtime.attention.reference import paged_partial_attention
+from helix_runtime.overlap import ThreadLanes, micro_batches, overlapped
 from helix_runtime.sharding import local_lengths
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
@@ -118,21 +120,26 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
             "seq_lens": metadata.seq_lens,
             "scale": self.scale,
         }
-        partial_output, partial_lse = paged_partial_attention(
-            **context.reads(shard),
-            local_seq_lens=context.fault.local_lengths(metadata.local_seq_lens, site),
-            kvp=context.kvp,
-            kvp_rank=context.kvp_rank,
-            interleave=context.interleave,
-            softcap=self.logits_soft_cap or None,
-        )
-        merged = context.combine(partial_output, partial_lse)
-        output[:tokens] = merged
+        read = context.reads(shard)
+        local_seq_lens = context.fault.local_lengths(metadata.local_seq_lens, site)
+        common = {
+            "kvp": context.kvp,
+            "kvp_rank": context.kvp_rank,
+            "interleave": context.interleave,
+            "softcap": self.logits_soft_cap or None,
+        }
+        requests, calls = len(metadata.seq_lens), 1
+        if context.micro_batches > 1 and metadata.decode_only and tokens == requests > 1:
+            merged = output[:tokens]
+            calls = _overlapped(context, read, local_seq_lens, common, merged)
+        else:
+            merged = context.combine(*paged_partial_attention(**read, local_seq_lens=local_seq_lens, **common))
+            output[:tokens] = merged
         if context.capture:
             context.capture.check(context, site, **shard, merged=merged)
         phase = "decode" if site.decode else "prefill"
-        context.proof.count(f"{phase}_attention")
-        context.proof.count(f"{phase}_combine")
+        context.proof.count(f"{phase}_attention", calls)
+        context.proof.count(f"{phase}_combine", calls)
         context.proof.count("context_prefill", int(metadata.reads_context))
         context.proof.count("empty_shard", metadata.empty_shards)
         return output
@@ -148,6 +155,32 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
         proof = current().proof
         proof.count("local_tokens", mine.numel())
         proof.count("global_tokens", slot_mapping.numel())
+
+
+@cache
+def _lanes() -> ThreadLanes:
+    return ThreadLanes()
+
+
+def _overlapped(context, read: dict, local_seq_lens: torch.Tensor, common: dict, merged: torch.Tensor) -> int:
+    """A decode batch, one token a request, in micro-batches, as many as are returned: the exchange of one beside the
+    attention of the next."""
+
+    def attend(index: int, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = {name: read[name][part] for name in ("query", "block_table", "seq_lens")}
+        starts = torch.arange(part.stop - part.start + 1, dtype=read["query_start_loc"].dtype)
+        return paged_partial_attention(
+            **{**read, **rows, "query_start_loc": starts}, local_seq_lens=local_seq_lens[part], **common
+        )
+
+    def exchange(index: int, part: slice, partial: tuple[torch.Tensor, torch.Tensor]) -> None:
+        with torch.inference_mode():  # a thread has a mode of its own
+            merged[part] = context.combine(*partial)
+
+    slices = micro_batches(len(merged), context.micro_batches)
+    overlapped(slices, attend, exchange, _lanes())
+    context.proof.count("overlapped_combine", len(slices))
+    return len(slices)
 
 
 def _gather_queries(query: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,108 @@
-"""Which combine a worker runs: ours on CPU, where upstream's are Triton kernels, and upstream's on CUDA."""
+"""Which combine a worker runs: ours in torch on CPU, where upstream's are Triton kernels; on CUDA upstream's, or ours.
+
+Why: `helix.combine` of `triton` or `direct` puts our kernels in the place of vLLM's `a2a` combine, for every backend.
+Hook: `dcp_a2a_lse_reduce`, in the module that defines it and in the backends that import it by name.
+Upstream: vllm `v1/attention/ops/dcp.py`.
+Remove when: upstream's kernels are as fast.
+"""
 
 import functools
+import importlib.util
+import logging
+import math
+import os
 
 import torch
 import torch.distributed as dist
 
 from helix_runtime.combine import COMBINES
 from helix_runtime.combine.collectives import DIST, Collectives, Exchange
+from helix_runtime.combine.select import Chosen, choose
+from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel
 
+log = logging.getLogger(__name__)
 
-def combine_of(comm: str, cpu: bool):
-    """(what makes the combine of a `ContextParallel`, its name) for `--dcp-comm-backend` `comm`."""
-    if cpu:
-        function, make = COMBINES[comm], _ours
-    else:
-        function, make = upstream_combine(comm), _upstream
-    return make, f"{function.__module__}.{function.__qualname__}"
+#: What `auto` means on CUDA. Our kernels are faster alone (benchmarks/README.md); no cell has judged them in vLLM yet.
+CUDA_DEFAULT = "upstream"
+_OURS_ON_CUDA = ("triton", "direct")
+
+
+def combine_of(comm: str, cpu: bool, wanted: str = "auto"):
+    """(what makes the combine of a `ContextParallel`, its name) for `--dcp-comm-backend` `comm` and `helix.combine`.
+
+    What cannot run here is replaced by what can, with a warning, and the name says so: it goes into the proof of path.
+    """
+    if wanted == "auto":
+        wanted = "torch" if cpu else CUDA_DEFAULT
+    if not cpu and comm == "a2a" and wanted in _OURS_ON_CUDA:
+        return (lambda context: _kernels(wanted)), f"helix_runtime.combine.{_chosen(wanted).name}"
+    function, make = (COMBINES[comm], _ours) if cpu else (upstream_combine(comm), _upstream)
+    name = f"{function.__module__}.{function.__qualname__}"
+    if wanted != ("torch" if cpu else "upstream"):
+        why = f"there is no {wanted!r} on {'CPU' if cpu else 'CUDA'}" if comm == "a2a" else f"{comm} has only this one"
+        name = f"{name} (fell back: {why})"
+        log.warning("helix.combine runs %s", name)
+    return make, name
+
+
+def install_on_cuda(wanted: str) -> None:
+    """Put ours in the place of vLLM's `a2a` combine, if it was asked for."""
+    if (CUDA_DEFAULT if wanted == "auto" else wanted) not in _OURS_ON_CUDA:
+        return
+    os.environ["VLLM_USE_DIRECT_DCP_A2A"] = "0"  # would bypass the function that we replace
+    modules = ["vllm.v1.attention.ops.dcp", "vllm.v1.attention.backends.flash_attn"]
+    if importlib.util.find_spec("flashinfer"):
+        modules.append("vllm.v1.attention.backends.flashinfer")
+    for module in modules:
+        patch(f"{module}:dcp_a2a_lse_reduce", lambda original: _replacement(original, wanted))
+
+
+def _replacement(original, wanted: str):
+    def dcp_a2a_lse_reduce(
+        cp_attn_out,
+        cp_attn_lse,
+        cp_group,
+        ctx=None,
+        return_lse=False,
+        is_lse_base_on_e=True,
+        seq_lens=None,
+        query_start_loc=None,
+    ):
+        """vLLM's own contract: with base 2 the lse goes out in base 2 as well."""
+        if cp_group.world_size == 1 or cp_attn_out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return original(
+                cp_attn_out, cp_attn_lse, cp_group, ctx, return_lse, is_lse_base_on_e, seq_lens, query_start_loc
+            )
+        output, lse = _chosen(wanted).combine(
+            cp_attn_out,
+            cp_attn_lse.float(),
+            lse_base="e" if is_lse_base_on_e else "2",
+            return_lse=True,
+            lengths=seq_lens,
+            query_start_loc=query_start_loc,
+        )
+        if not return_lse:
+            return output
+        return output, lse if is_lse_base_on_e else lse / math.log(2.0)
+
+    return dcp_a2a_lse_reduce
+
+
+@functools.cache
+def _chosen(wanted: str) -> Chosen:
+    """Ours for this worker's KVP group, made once: its buffers are static."""
+    from vllm.distributed.parallel_state import get_dcp_group
+
+    group = get_dcp_group()
+    return choose(wanted, group.device_group, group.device)
+
+
+def _kernels(wanted: str):
+    def combine(partial_output: torch.Tensor, partial_lse: torch.Tensor) -> torch.Tensor:
+        return _chosen(wanted).combine(partial_output, partial_lse)
+
+    return combine
 
 
 def upstream_combine(comm: str):

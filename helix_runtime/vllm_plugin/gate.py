@@ -97,6 +97,8 @@ def _admit_on_cpu(config, options: HelixOptions) -> None:
             f"--attention-backend {backend.name} does not exist on CPU; leave it out (HELIX_CPU or HELIX_CPU_MLA run)"
         )
     if config.model_config.use_mla:
+        if options.overlap > 1:
+            raise HelixRefusal("overlap is wired into HELIX_CPU, not HELIX_CPU_MLA; drop it from the helix options")
         block_size = _block_size(config)
         if block_size % cpu_platform.MLA_BLOCK:
             raise HelixRefusal(
@@ -107,13 +109,18 @@ def _admit_on_cpu(config, options: HelixOptions) -> None:
 def _admit_on_cuda(config, options: HelixOptions) -> None:
     """What is proved on CUDA so far, without CUDA graphs. Raises HelixRefusal for the rest."""
     backend = config.attention_config.backend
-    refusal = plugin_refusal_on_cuda(
+    refusal = options.helix_mode and plugin_refusal_on_cuda(
         backend and backend.name, config.model_config.use_mla, config.model_config.enforce_eager
     )
     if refusal:
         raise HelixRefusal(refusal)
     if options.fault or options.capture:
         raise HelixRefusal("fault and capture exist for the CPU backends only; drop them from the helix options")
+    if options.overlap > 1:
+        raise HelixRefusal(
+            "overlap on CUDA is a library so far (helix_runtime.overlap), not wired into vLLM's CUDA backends, whose "
+            "schedule is made for the whole batch; drop it from the helix options"
+        )
 
 
 def layout_of(config, options: HelixOptions) -> Layout:

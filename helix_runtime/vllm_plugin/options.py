@@ -6,6 +6,9 @@ from typing import Any, get_args
 
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
+#: Values of `helix.combine`. `auto`: ours in torch on CPU, upstream's on CUDA (`exchange.py` says why).
+COMBINE_OPTIONS = ("auto", "upstream", "torch", "triton", "direct")
+
 
 @dataclass(frozen=True)
 class HelixOptions:
@@ -16,6 +19,10 @@ class HelixOptions:
     allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
     share_gpu: all ranks on one GPU, for validation on a machine that has one (`share_gpu.py`).
     proof_dir: folder for each worker's proof of path; None writes none.
+    combine: which implementation of the `a2a` combine runs: `auto`, `upstream` (vLLM's own), or ours: `torch`,
+        `triton`, `direct` (`exchange.py`).
+    overlap: micro-batches into which a decode batch is cut, so that the exchange of one runs under the attention of
+        the next (HOP-B); 1 is off. For GQA on our CPU backend; refused elsewhere.
     capture: compare every merged attention with fp64 and write the first that differs into proof_dir (`capture.py`).
     fault: name of a deliberate defect (`faults.py`), for the oracle's own test.
     """
@@ -26,6 +33,8 @@ class HelixOptions:
     proof_dir: str | None = None
     capture: bool = False
     fault: str | None = None
+    combine: str = "auto"
+    overlap: int = 1
 
 
 def helix_options(additional_config: object) -> HelixOptions | None:
@@ -35,7 +44,14 @@ def helix_options(additional_config: object) -> HelixOptions | None:
     given = additional_config["helix"]
     if not isinstance(given, Mapping):
         raise HelixRefusal(f'additional_config["helix"] must be a mapping of options, not {given!r}; {_allowed()}')
-    return HelixOptions(**{name: _checked(name, value) for name, value in given.items()})
+    options = HelixOptions(**{name: _checked(name, value) for name, value in given.items()})
+    if options.combine not in COMBINE_OPTIONS:
+        raise HelixRefusal(
+            f'additional_config["helix"]["combine"] is {options.combine!r}; allowed: {", ".join(COMBINE_OPTIONS)}'
+        )
+    if options.overlap < 1 or isinstance(options.overlap, bool):
+        raise HelixRefusal(f'additional_config["helix"]["overlap"] is {options.overlap!r}; allowed: 1 (off) or more')
+    return options
 
 
 def _checked(name: str, value: Any) -> Any:

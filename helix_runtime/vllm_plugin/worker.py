@@ -48,7 +48,10 @@ def activate(config, options: HelixOptions, rank: int) -> None:
         cpu_mla.install()
         slot_mapping.install()
     else:
+        from helix_runtime.vllm_plugin import exchange
+
         _install_on_cuda(layout.use_mla, config.attention_config.backend)
+        exchange.install_on_cuda(options.combine)
         if options.proof_dir:
             from helix_runtime.vllm_plugin import device_proof
 
@@ -89,7 +92,7 @@ def _load_model(original, options: HelixOptions, layout):
         from helix_runtime.vllm_plugin.self_test import self_test
 
         parallel, cpu = self.vllm_config.parallel_config, current_platform.is_cpu()
-        make_combine, combine_name = combine_of(parallel.dcp_comm_backend, cpu)
+        make_combine, combine_name = combine_of(parallel.dcp_comm_backend, cpu, options.combine)
         context = ContextParallel(
             layout=layout,
             rank=self.rank,
@@ -99,6 +102,7 @@ def _load_model(original, options: HelixOptions, layout):
             make_combine=make_combine,
             combine_name=combine_name,
             counts_tokens=cpu,
+            micro_batches=options.overlap,
         )
         set_current(context)
         original(self, *args, **kwargs)
@@ -147,6 +151,7 @@ def rank_proof(worker, context) -> RankProof:
         vllm_version=vllm.__version__,
         self_test="ok",
         on_device=context.proof.on_device is not None,
+        micro_batches=context.micro_batches,
     )
 
 

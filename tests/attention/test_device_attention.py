@@ -1,4 +1,4 @@
-"""The decode kernels behind `PartialAttention`, against fp64: every backend that is here, over paged, interleaved shards.
+"""The decode kernels behind `PartialAttention`, against fp64: every backend that is here, over paged shards.
 
 Without a GPU our own Triton kernels run in Triton's interpreter; the others are counted as skipped, with the reason.
 """
@@ -230,7 +230,7 @@ def test_an_lse_of_no_known_base_is_refused():
         def decode(self, query, kv_cache, block_table, lengths):
             return query, torch.ones(query.shape[:2])
 
-    with pytest.raises(BackendAbsent, match="where base e gives 1.693"):
+    with pytest.raises(BackendAbsent, match="where base e gives"):
         device.DeviceAttention(Broken()).partial(
             torch.zeros(1, 1, 64), torch.zeros(1, 2, 16, 1, 64), torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2])
         )

@@ -22,10 +22,21 @@ GPU = torch.cuda.is_available()
 
 @pytest.mark.parametrize(
     "requests, count, sizes",
-    [(8, 4, [2, 2, 2, 2]), (7, 3, [2, 2, 3]), (3, 8, [1, 1, 1]), (5, 1, [5]), (0, 4, [0])],
+    [(8, 4, [2, 2, 2, 2]), (7, 3, [2, 3, 2]), (3, 8, [1, 1, 1]), (5, 1, [5]), (0, 4, [0])],
 )
 def test_micro_batches_cover_the_batch_in_order(requests, count, sizes):
     slices = micro_batches(requests, count)
+    assert [part.stop - part.start for part in slices] == sizes
+    assert [row for part in slices for row in range(part.start, part.stop)] == list(range(requests))
+
+
+@pytest.mark.parametrize(
+    "requests, count, halvings, sizes",
+    [(62, 5, 4, [32, 16, 8, 4, 2]), (60, 4, 2, [22, 22, 11, 5]), (8, 5, 3, [3, 3, 1, 1]), (3, 6, 3, [2, 1])],
+)
+def test_the_last_micro_batches_may_be_halves(requests, count, halvings, sizes):
+    """60 in weights 1, 1, 1/2, 1/4: 21.8 each, 10.9, 5.5. Slices that would be empty are left out."""
+    slices = micro_batches(requests, count, halvings)
     assert [part.stop - part.start for part in slices] == sizes
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(requests))
 
@@ -46,8 +57,8 @@ def test_an_exchange_runs_beside_the_next_attention():
 
     overlapped(micro_batches(5, 3), attend, exchange, ThreadLanes())
     assert log == [
-        (0, slice(0, 1), "partial 0"),
-        (1, slice(1, 3), "partial 1"),
+        (0, slice(0, 2), "partial 0"),
+        (1, slice(2, 3), "partial 1"),
         (2, slice(3, 5), "partial 2"),
     ]
 
