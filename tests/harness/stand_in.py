@@ -22,7 +22,7 @@ LIBRARIES = ("libnuma.so.1", "libgomp.so.1", "libnss_files.so.2", "libssl.so.3",
 HOME = "opt/python"
 #: Large, and not needed to serve on a CPU.
 LEFT_OUT = re.compile(
-    r"^(triton|playwright|_?duckdb|ruff|torch/test|torch/include|.*\.egg-link|__editable__|helix_parallel)"
+    r"^(triton|playwright|_?duckdb|ruff|torch/(test|include)(/|$)|.*\.egg-link|__editable__|helix_parallel)"
 )
 PASSWD = "root:x:0:0::/root:/bin/sh\nhelix:x:10001:10001::/home/helix:/bin/sh\n"
 FAKE_VLLM = {

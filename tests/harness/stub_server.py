@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             )
             self.say_bytes(200, text.encode())
         elif self.allowed():
-            self.say(200, {"data": [{"id": NAME}]})
+            self.say(200, {"data": [{"id": "somebody-else" if BEHAVIOUR == "wrong-model" else NAME}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -49,6 +49,25 @@ class Handler(BaseHTTPRequestHandler):
         if BEHAVIOUR == "dies-answering" and len(body["prompt"]) > 1:
             print("ValueError: the engine fell over", flush=True)
             os._exit(3)
+        if BEHAVIOUR == "lies":
+            return self.say(503, {"error": "not really"})
+        if BEHAVIOUR == "truncates" and len(body["prompt"]) > 1:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            self.close_connection = True
+            return
+        if BEHAVIOUR in ("hangs", "loses-worker") and len(body["prompt"]) > 1:
+            if BEHAVIOUR == "loses-worker":
+                WORKER.kill()
+            time.sleep(600)
+        if BEHAVIOUR == "slow":
+            time.sleep(0.05)
+        if BEHAVIOUR == "killed-answering" and len(body["prompt"]) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if BEHAVIOUR == "eats" and len(body["prompt"]) > 1:
+            eat()
         if BEHAVIOUR == "http-500" and len(body["prompt"]) > 1:
             return self.say(500, {"error": "no"})
         forced = (body.get("vllm_xargs") or {}).get("helix_forced_tokens", [])
@@ -60,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             token = forced[position] if position < len(forced) else next(iter(top))
             rows.append((token, {token: top.get(token, -9.0), **top}))
             tokens.append(token)
+        if BEHAVIOUR == "nan":
+            rows = [(token, dict.fromkeys(top, float("nan"))) for token, top in rows]
         if body.get("stream"):
             return self.stream(rows)
         COUNTED[0] += len(rows)
@@ -101,8 +122,34 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+WORKER: subprocess.Popen | None = None
+
+
+def eat() -> None:
+    """Take memory until the control group has none left."""
+    held = []
+    while True:
+        held.append(b"x" * 2**24)
+
+
+def flood(size: int) -> None:
+    line = b"noise " * 10_000 + b"\n"
+    for _ in range(size // len(line)):
+        os.write(1, line)
+
+
 def main():
+    global WORKER
     print(f"stub {os.getpid()}", flush=True)
+    if BEHAVIOUR == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if BEHAVIOUR == "port-taken":
+        sys.exit("OSError: [Errno 98] error while attempting to bind on address: address already in use")
+    if BEHAVIOUR == "loses-worker":
+        WORKER = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if BEHAVIOUR == "floods":
+        print("INFO: GPU KV cache size: 21,824 tokens, with room", flush=True)
+        flood(int(os.environ.get("STUB_FLOOD", 2**30)))
     if BEHAVIOUR == "refused":
         print("Traceback (most recent call last):")
         sys.exit("helix_runtime.vllm_plugin.refusal.HelixRefusal: TP 4 % DCP 3 = 1: not 0")
@@ -119,7 +166,7 @@ def main():
         if BEHAVIOUR == "leaks-and-dies":
             os._exit(5)
     print("INFO: GPU KV cache size: 21,824 tokens, with room", flush=True)
-    ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+    ThreadingHTTPServer((os.environ.get("STUB_BIND", "127.0.0.1"), PORT), Handler).serve_forever()
 
 
 main()

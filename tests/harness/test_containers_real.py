@@ -48,10 +48,11 @@ def plan() -> list[PlannedCell]:
 
 
 def test_each_mode_says_the_same_in_a_container_and_in_a_process(image, tmp_path):
-    found = {runtime: run(plan(), run_dir=tmp_path / runtime, runtime=runtime) for runtime in ("docker", "process")}
+    found = {"docker": run(plan(), run_dir=tmp_path / "docker", runtime="docker")}
     assert {str(result.cell.mode) for result in found["docker"]} == {str(mode) for mode in Mode}
+    assert {result.cell.id: result.reason for result in found["docker"] if result.verdict is not Verdict.PASS} == {}
+    found["process"] = run(plan(), run_dir=tmp_path / "process", runtime="process")
     for inside, outside in zip(found["docker"], found["process"], strict=True):
-        assert (inside.verdict, inside.cell.id) == (Verdict.PASS, inside.cell.id), inside.reason
         assert outside.verdict is Verdict.PASS, outside.reason
         assert inside.transcript_digest == outside.transcript_digest
         assert inside.command == outside.command

@@ -1,0 +1,123 @@
+"""Whole runs on stub servers, in this process or in one of its own that can be killed anywhere.
+
+python stub_host.py RUN_DIR [--die-at STAGE] [--resume] [--jobs N] [BEHAVIOUR …]     one behaviour a cell, TP 1, 2, …
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from harness import runner
+from harness.cell import Cell, Mode
+from harness.executors import local
+from harness.executors.local import LocalExecutor
+from harness.lease import Host
+from harness.ledger import Ledger
+from harness.matrix import PlannedCell
+from harness.need import Room
+from harness.server.launch import Launch
+from harness.server.place import Processes
+from harness.server.process import Limits, Server
+from harness.verdict import Verdict
+
+STUB = Path(__file__).with_name("stub_server.py")
+ROOM = Room(gpus=(), cores=64, memory_bytes=2**50)
+#: Where a harness may be killed: a name, and what is about to be called then.
+STAGES = {
+    "run-start": (Ledger, "run_start"),
+    "cell-start": (Ledger, "cell_start"),
+    "lease": (LocalExecutor, "_served"),
+    "start": (Server, "_wait_ready"),
+    "ask": (local, "answer_all"),
+    "stop": (Server, "stop"),
+    "attempt": (Ledger, "attempt"),
+    "result": (Ledger, "result"),
+    "run-end": (Ledger, "run_end"),
+}
+
+
+def cell(tp: int) -> Cell:
+    """A reference: it passes when it answers all."""
+    return Cell(
+        mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=tp, workload="smoke"
+    )
+
+
+def planned(tp: int) -> PlannedCell:
+    return PlannedCell(cell=cell(tp), suites=("stubs",), declared=Verdict.PASS, declared_why="")
+
+
+class Stubs(Processes):
+    """Each cell's server is the stub; behaviours by TP, one a start, the last one again and again."""
+
+    def __init__(self, behaviours: dict[int, list[str]], prefix: tuple[str, ...] = ()):
+        self.behaviours = behaviours
+        self.prefix = prefix
+
+    def launch(self, cell: Cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
+        left = self.behaviours[cell.tp]
+        behaviour = left.pop(0) if len(left) > 1 else left[0]
+        argv = (*self.prefix, sys.executable, str(STUB), behaviour, str(port), f"helix-{folder.name[-8:]}")
+        env = {**os.environ, "VLLM_API_KEY": "key", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        return Launch(
+            argv=argv, env=tuple(env.items()), name=argv[-1], api_key="key", port=port, model="stub",
+        )  # fmt: skip
+
+
+def play(
+    run_dir: Path, behaviours: dict[int, list[str]], jobs: int = 1, resume: bool = False, limits: Limits | None = None,
+    room: Room = ROOM, prefix: tuple[str, ...] = (),
+):  # fmt: skip
+    """Run one cell for each entry of `behaviours`; the results by TP."""
+    limits = limits or Limits(start=20, request=5, stop=1)
+    executor = LocalExecutor(limits, Stubs(behaviours, prefix), Host(room))
+    plan = [planned(tp) for tp in behaviours]
+    found = runner.run(
+        plan,
+        run_dir=run_dir,
+        jobs=jobs,
+        resume=resume,
+        executor=executor,
+        progress=lambda line: print(line, flush=True),
+    )
+    return {result.cell.tp: result for result in found}
+
+
+def die_at(stage: str) -> None:
+    """Kill this process by -9 when the stage of the second cell (or of the run) is reached."""
+    owner, name = STAGES[stage]
+    original, calls = getattr(owner, name), []
+
+    def deadly(*arguments, **options):
+        calls.append(name)
+        if len(calls) == (1 if stage.startswith("run-") else 2):
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, deadly)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--die-at", choices=STAGES)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("behaviours", nargs="*")
+    options = parser.parse_intermixed_args()
+    runner.code_key = lambda: "the same"  # whoever edits the code meanwhile
+    if options.die_at:
+        die_at(options.die_at)
+    behaviours = {tp: [behaviour] for tp, behaviour in enumerate(options.behaviours or ["well"] * 3, 1)}
+    try:
+        play(options.run_dir, behaviours, options.jobs, options.resume)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What breaks, breaks one cell: real processes, each fault with its verdict, its words, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from stub_host import ROOM, STAGES, cell, play
+
+from harness import ledger
+from harness.lease import Host, lease_folder
+from harness.need import Need, Room
+from harness.server.process import Limits
+from harness.verdict import Verdict
+
+HOST = Path(__file__).with_name("stub_host.py")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path, monkeypatch):
+    """Every test's leases are its own; afterwards none is held and no stub runs."""
+    monkeypatch.setenv("HELIX_LEASES", str(tmp_path / "leases"))
+    yield
+    until = time.monotonic() + 20
+    while time.monotonic() < until and stubs(tmp_path):
+        time.sleep(0.1)
+    assert stubs(tmp_path) == []
+    assert nothing_held()
+
+
+def stubs(folder: Path) -> list[psutil.Process]:
+    """Living stub servers and guards whose leases are in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.environ().get("HELIX_LEASES") == str(folder / "leases") and process.pid != os.getpid()
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def nothing_held() -> bool:
+    """Whether a lease of everything is there for the taking; what the dead held is taken back then."""
+    lease = Host(ROOM).take(Need(cores=ROOM.cores, memory_bytes=ROOM.memory_bytes))
+    if lease is None:
+        return False
+    lease.release()
+    return not list(lease_folder().glob("lease-*"))
+
+
+def attempts(run_dir: Path, tp: int) -> list[tuple[str, str | None]]:
+    """(verdict, cause) of each attempt at a cell, as the ledger has them."""
+    events, _ = ledger.read(run_dir / ledger.NAME)
+    wanted = cell(tp).id
+    return [
+        (event["verdict"], event["cause"]) for event in events if event["event"] == "attempt" and event["id"] == wanted
+    ]
+
+
+FAULTS = [
+    # behaviour, words in the reason, attempts
+    ("out-of-memory", "at start: out of memory: RuntimeError", 1),
+    ("port-taken", "at start: port in use: OSError: [Errno 98]", 2),
+    ("killed", "at start: killed: SIGKILL (137) from outside", 2),
+    ("killed-answering", "while answering: killed: SIGKILL (137) from outside", 2),
+    ("dies-answering", "while answering: other: exit status 3: ValueError: the engine fell over", 1),
+    ("hangs", "while answering: deadline passed: no answer to prompt", 1),
+    ("loses-worker", "while answering: deadline passed: no answer to prompt", 1),
+    ("truncates", "while answering: broken answer: the answer to prompt", 1),
+    ("lies", "at start: other: no first token: HTTP 503", 1),
+    ("wrong-model", "at start: port in use: another server answers on port", 2),
+    ("http-500", "no answer to", 1),
+    ("nan", "hold no number (NaN or infinity)", 1),
+    ("leaks-and-dies", "at start: other: exit status 5", 1),
+]
+
+
+@pytest.mark.parametrize(("behaviour", "words", "number"), FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_a_fault_is_an_error_of_its_cell_alone(tmp_path, behaviour, words, number):
+    limits = Limits(start=20, request=2, stop=0.5)
+    found = play(tmp_path / "run", {1: ["well"], 2: [behaviour], 3: ["well"]}, jobs=3, limits=limits)
+    assert {tp: result.verdict for tp, result in found.items()} == {
+        1: Verdict.PASS, 2: Verdict.ERROR, 3: Verdict.PASS,
+    }  # fmt: skip
+    assert words in found[2].reason
+    assert found[2].attempts == number == len(attempts(tmp_path / "run", 2))
+
+
+def test_a_server_that_never_is_ready_meets_its_deadline_twice(tmp_path):
+    found = play(tmp_path / "run", {1: ["silent"]}, limits=Limits(start=1, request=2, stop=0.5))
+    assert "at start: deadline passed: not ready after 1 s" in found[1].reason
+    assert attempts(tmp_path / "run", 1) == [("error", "deadline passed")] * 2
+
+
+def test_a_slow_server_passes(tmp_path):
+    assert play(tmp_path / "run", {1: ["slow"]})[1].verdict is Verdict.PASS
+
+
+def test_a_retry_after_infrastructure_is_recorded_and_said(tmp_path):
+    found = play(tmp_path / "run", {1: ["killed", "well"]})
+    assert (found[1].verdict, found[1].attempts) == (Verdict.PASS, 2)
+    assert "an attempt before was lost to infrastructure: the server failed at start: killed" in found[1].reason
+    assert attempts(tmp_path / "run", 1) == [("error", "killed"), ("pass", None)]
+    folders = sorted(path.name for path in (tmp_path / "run" / "cells").iterdir())
+    assert len(folders) == 2 and folders[1] == f"{folders[0]}.1"  # the lost attempt's log is kept
+
+
+def test_a_port_that_is_taken_between_check_and_bind(tmp_path, monkeypatch):
+    """A stranger takes the leased port before the server binds it: first start lost, the second has another port."""
+    from stub_host import Stubs
+
+    strangers: list[socket.socket] = []
+    original = Stubs.launch
+
+    def robbed(self, cell, folder, port, gpus):
+        if not strangers:
+            strangers.append(socket.create_server(("127.0.0.1", port)))
+        return original(self, cell, folder, port, gpus)
+
+    monkeypatch.setattr(Stubs, "launch", robbed)
+    try:
+        found = play(tmp_path / "run", {1: ["well"]}, limits=Limits(start=20, request=3, stop=0.5))
+    finally:
+        strangers[0].close()
+    assert (found[1].verdict, found[1].attempts) == (Verdict.PASS, 2)
+    assert attempts(tmp_path / "run", 1)[0] == ("error", "port in use")
+
+
+def test_a_flood_of_the_log_fills_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("STUB_FLOOD", str(2**28))
+    found = play(tmp_path / "run", {1: ["floods"]}, limits=Limits(start=60, request=5, stop=1))
+    assert found[1].verdict is Verdict.PASS and found[1].kv_cache_tokens == 21824
+    log = next((tmp_path / "run").rglob("server.log")).stat()
+    assert log.st_size > 2**27 and log.st_blocks * 512 < 2**27
+    assert len(found[1].log_tail) < 10**5
+
+
+@pytest.mark.nightly
+def test_a_flood_of_a_gigabyte(tmp_path):
+    found = play(tmp_path / "run", {1: ["floods"]}, limits=Limits(start=200, request=5, stop=1))
+    assert found[1].verdict is Verdict.PASS
+    assert next((tmp_path / "run").rglob("server.log")).stat().st_blocks * 512 < 2**28
+
+
+def test_packing_never_lends_more_than_there_is(tmp_path):
+    """Three cells that take 1, 2 and 3 of three cores: never more than three at the same time, and all of them run."""
+    found = play(tmp_path / "run", {tp: ["well"] for tp in (1, 2, 3)}, jobs=3, room=Room(cores=3, memory_bytes=2**50))
+    assert all(result.verdict is Verdict.PASS for result in found.values())
+    events, _ = ledger.read(tmp_path / "run" / ledger.NAME)
+    held, most = 0, 0
+    for event in events:
+        tp = next((tp for tp in found if cell(tp).id == (event.get("id") or "")), 0)
+        held += tp * {"cell-start": 1, "attempt": -1}.get(event["event"], 0)
+        most = max(most, held)
+    assert most == 3
+
+
+def test_a_cell_beyond_the_host_is_an_error_with_the_arithmetic_where_nobody_skipped_it(tmp_path):
+    found = play(tmp_path / "run", {1: ["well"]}, room=Room(cores=2, memory_bytes=2**20))
+    assert found[1].verdict is Verdict.ERROR and "this host has 0.0 GiB" in found[1].reason
+
+
+def host(run_dir: Path, *arguments: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(HOST.parent)}
+    return subprocess.Popen(
+        [sys.executable, str(HOST), str(run_dir), *arguments], env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+QUICK = ("start", "ask", "result")
+
+
+@pytest.mark.parametrize(
+    "stage", [stage if stage in QUICK else pytest.param(stage, marks=pytest.mark.nightly) for stage in STAGES]
+)
+def test_a_killed_harness_is_resumed_where_it_was(tmp_path, stage):
+    """Killed by -9 in its second cell (or at the run's ends); the resumed run starts only what has no row."""
+    run_dir = tmp_path / "run"
+    killed = host(run_dir, "--die-at", stage)
+    said = killed.communicate(timeout=100)[0]
+    assert killed.returncode == -signal.SIGKILL, said
+    events, _ = ledger.read(run_dir / ledger.NAME)
+    done = {result.cell.tp for result in ledger.results(events)}
+    resumed = host(run_dir, "--resume")
+    said = resumed.communicate(timeout=100)[0]
+    assert resumed.returncode == 0, said
+    started = {line.split()[1] for line in said.splitlines() if line.startswith("start ")}
+    assert started == {cell(tp).id for tp in (1, 2, 3) if tp not in done}
+    events, warnings = ledger.read(run_dir / ledger.NAME)
+    assert {result.cell.tp: result.verdict for result in ledger.results(events)} == dict.fromkeys(
+        (1, 2, 3), Verdict.PASS
+    )
+    assert events[-1]["event"] == "run-end"
+    assert warnings == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_run_and_twice_at_once(tmp_path, times):
+    running = host(tmp_path / "run", "hangs")
+    assert "start" in running.stdout.readline()
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not any("stub_server.py" in " ".join(p.cmdline()) for p in stubs(tmp_path)):
+        time.sleep(0.05)
+    for _ in range(times):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    running.communicate(timeout=60)
+    assert running.returncode == 130
+    events, _ = ledger.read(tmp_path / "run" / ledger.NAME)
+    assert ledger.results(events) == [] and events[-1]["event"] == "run-end"
+
+
+def test_two_harnesses_share_a_host(tmp_path):
+    """Both finish, each alone in its folder, with ports of their own."""
+    runs = [host(tmp_path / name, "--jobs", "2", "well", "slow") for name in ("a", "b")]
+    for run in runs:
+        assert run.wait(timeout=100) == 0, run.communicate()[0]
+        run.stdout.close()
+
+
+def test_a_second_harness_is_kept_out_of_a_run(tmp_path):
+    first = host(tmp_path / "run", "hangs")
+    assert "start" in first.stdout.readline()
+    second = host(tmp_path / "run", "--resume")
+    second.communicate(timeout=60)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert second.returncode == 1
