@@ -51,12 +51,14 @@ SUBCOMMANDS: dict[str, str] = {
     "faults": "harness.oracle.caught:main",
     "history": "harness.report.look:history_main",
     "images": "harness.images:main",
+    "issue": "harness.report.issue:main",
     "judge": "harness.oracle.offline:main",
     "merge": "harness.merge.command:main",
     "plan": "helix_runtime.planner.cli:main",
     "render": "harness.executors.render:main",
     "report": "harness.report.look:report_main",
     "starts": "harness.starts:main",
+    "surface": "harness.surface:main",
 }
 
 

@@ -187,6 +187,47 @@ SURFACE: tuple[Surface, ...] = (
     ),
 )  # fmt: skip
 
+_FLASHINFER = "vllm.v1.attention.backends.flashinfer"
+_A2A = (
+    "cp_attn_out", "cp_attn_lse", "cp_group", "ctx", "return_lse", "is_lse_base_on_e", "seq_lens", "query_start_loc",
+)  # fmt: skip
+
+#: Hooked only where a backend or a combine is chosen. `probe` leaves them alone, since importing them takes libraries
+#: that a server without them does not have; `python -m harness surface` compares them like the others.
+LATER: tuple[Surface, ...] = (
+    Surface(
+        f"{_FLASHINFER}:FlashInferMetadataBuilder.__init__",
+        ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+        "FLASHINFER",
+        platform="cuda",
+    ),
+    Surface(
+        f"{_FLASHINFER}:BatchDCPPrefillWrapper.__init__",
+        ("self", "kv_layout", "workspace_buffer", "dcp_a2a"),
+        "FLASHINFER",
+        platform="cuda",
+    ),
+    Surface(
+        f"{_FLASHINFER}:FlashInferImpl.__init__",
+        (
+            "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window",
+            "kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name", "sinks",
+        ),
+        "FLASHINFER",
+        platform="cuda",
+    ),
+    Surface(
+        f"{_FLASHINFER}:FlashInferImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "FLASHINFER",
+        platform="cuda",
+    ),
+    Surface(f"{_FLASHINFER}:get_dcp_group", (), "FLASHINFER", platform="cuda"),
+    Surface("vllm.v1.attention.ops.dcp:dcp_a2a_lse_reduce", _A2A, "exchange", platform="cuda"),
+    Surface("vllm.v1.attention.backends.flash_attn:dcp_a2a_lse_reduce", _A2A, "exchange", platform="cuda"),
+    Surface(f"{_FLASHINFER}:dcp_a2a_lse_reduce", _A2A, "exchange", platform="cuda"),
+)  # fmt: skip
+
 
 def resolve(target: str) -> tuple[Any, str, Callable]:
     """(holder, attribute, object) of `module:qualified.name`. Raises ImportError or AttributeError."""

@@ -1,0 +1,137 @@
+"""`python -m harness issue`: one GitHub issue for the cells whose verdict changed, with first bad and last good.
+
+It is opened when a cell gets bad, told what moved each night, and closed when no cell is bad. `gh` does the writing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from harness.frozen import Frozen
+from harness.report.history import History, Track, find_runs, tracks
+from harness.report.markdown import plain
+from harness.report.text import plural
+from harness.suite import ROOT
+from harness.verdict import TABLE
+
+LABEL = "helix-nightly"
+TITLE = "Nightly: cells whose verdict is not as declared"
+USAGE = 2
+INFRASTRUCTURE = 3
+#: A body of GitHub's holds 65,536 characters.
+_LISTED = 150
+
+#: Runs `gh` with these words and standard input; returns standard output. Raises CalledProcessError.
+Gh = Callable[[Sequence[str], str], str]
+
+
+class Change(Frozen):
+    """A cell that the latest run judged otherwise than the last run before it that judged it. `was`: "" for new."""
+
+    track: Track
+    was: str
+    now: str
+
+
+class News(Frozen):
+    """What the issue says: `bad` cells with their first bad run, and what `changed` with the latest run."""
+
+    bad: tuple[Track, ...]
+    changed: tuple[Change, ...]
+    history: History
+
+    @property
+    def body(self) -> str:
+        """The issue's text: every bad cell, as it stands after the latest run."""
+        names = [run.name for run in self.history.runs]
+        lines = [f"After {plain(names[-1])}: {plural(len(self.bad), 'cell')} not as declared.", ""]
+        if self.bad:
+            lines += ["| cell | verdict | first bad | last good |", "| --- | --- | --- | --- |"]
+        for track in self.bad[:_LISTED]:
+            verdict = track.verdicts[-1][1]
+            good = plain(names[track.last_good]) if track.last_good is not None else "none"
+            bad = plain(names[track.first_bad])
+            lines.append(f"| {plain(track.id)} | {TABLE[verdict].symbol} {verdict} | {bad} | {good} |")
+        lines += [f"and {len(self.bad) - _LISTED} more"] if len(self.bad) > _LISTED else []
+        return "\n".join([*lines, "", "Locally: `python -m harness history`", ""])
+
+    @property
+    def comment(self) -> str:
+        """What moved with the latest run."""
+        lines = [f"{plain(self.history.runs[-1].name)}: {plural(len(self.changed), 'cell')} changed the verdict.", ""]
+        lines += [
+            f"- {change.was or 'new'} → **{change.now}** {plain(change.track.id)}" for change in self.changed[:_LISTED]
+        ]
+        return "\n".join([*lines, ""])
+
+
+def news_of(history: History) -> News:
+    """What there is to say after the latest of `history.runs`."""
+    latest = len(history.runs) - 1
+    bad = tuple(track for track in history.tracks.values() if track.first_bad is not None)
+    changed = []
+    for track in history.tracks.values():
+        judged = [(place, verdict) for place, verdict in track.verdicts if _judged(track, place)]
+        if not judged or judged[-1][0] != latest:
+            continue
+        was = str(judged[-2][1]) if len(judged) > 1 else ""
+        now = str(judged[-1][1])
+        if (was and was != now) or (not was and track.first_bad == latest):
+            changed.append(Change(track=track, was=was, now=now))
+    return News(bad=bad, changed=tuple(changed), history=history)
+
+
+def _judged(track: Track, place: int) -> bool:
+    """Whether that run said something of the cell itself; a skip or an error of the host does not."""
+    verdict = dict(track.verdicts)[place]
+    return TABLE[verdict].effect in ("ok", "differs")
+
+
+def publish(news: News, gh: Gh, repository: str) -> str:
+    """Open, update or close the issue; returns what was done, in a sentence."""
+    where = ["--repo", repository]
+    listed = gh(["issue", "list", *where, "--label", LABEL, "--state", "open", "--json", "number"], "")
+    numbers = sorted(issue["number"] for issue in json.loads(listed or "[]"))
+    if not numbers:
+        if not news.bad:
+            return "no cell is bad, and no issue is open"
+        gh(["label", "create", LABEL, *where, "--force", "--description", "kept by the nightly run"], "")
+        text = f"{news.body}\n{news.comment}" if news.changed else news.body
+        return gh(["issue", "create", *where, "--label", LABEL, "--title", TITLE, "--body-file", "-"], text).strip()
+    number = str(numbers[0])
+    gh(["issue", "edit", number, *where, "--body-file", "-"], news.body)
+    if news.changed:
+        gh(["issue", "comment", number, *where, "--body-file", "-"], news.comment)
+    if not news.bad:
+        gh(["issue", "close", number, *where, "--comment", "No cell is bad any more."], "")
+        return f"closed #{number}"
+    return f"updated #{number}: {plural(len(news.changed), 'cell')} changed"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status 2: no runs; 3: `gh` failed."""
+    parser = argparse.ArgumentParser(prog="python -m harness issue", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--reports", type=Path, default=ROOT / "reports", metavar="DIR", help="the folder of runs")
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="where the issue is; without it, it is printed")
+    options = parser.parse_args(argv)
+    runs = find_runs(options.reports)
+    if not runs:
+        print(f"issue: error: no run in {options.reports}", file=sys.stderr)
+        return USAGE
+    news = news_of(tracks(runs))
+    if not options.repository:
+        print(f"{news.body}\n{news.comment}", end="")
+        return 0
+    try:
+        print(publish(news, _gh, options.repository))
+    except (OSError, subprocess.CalledProcessError) as problem:
+        print(f"issue: gh failed: {getattr(problem, 'stderr', '') or problem}", file=sys.stderr)
+        return INFRASTRUCTURE
+    return 0
+
+
+def _gh(words: Sequence[str], text: str) -> str:
+    return subprocess.run(["gh", *words], input=text, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,39 @@
+"""The CI files fit the published schemas of their services. (CI itself runs actionlint over them.)"""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from harness.suite import ROOT
+
+FILES = [
+    ("vendor.github-workflows", ".github/workflows/ci.yml"),
+    ("vendor.github-workflows", ".github/workflows/nightly.yml"),
+    ("vendor.buildkite", ".buildkite/pipeline.yml"),
+]
+
+
+@pytest.mark.parametrize(("schema", "file"), FILES)
+def test_the_file_fits_its_schema(schema, file):
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(ROOT / file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_pull_request_reaches_a_self_hosted_runner():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text())
+        own = [name for name, job in workflow["jobs"].items() if "self-hosted" in job["runs-on"]]
+        triggers = workflow[True]  # YAML reads `on` as a boolean
+        assert not own or not {"pull_request", "pull_request_target"} & set(triggers), path
+
+
+def test_every_harness_command_in_the_workflows_exists():
+    from harness.cli import SUBCOMMANDS
+
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        words = path.read_text().split()
+        called = {words[at + 2] for at, word in enumerate(words) if word == "-m" and words[at + 1] == "harness"}
+        assert {name for name in called if not name.startswith("-")} <= set(SUBCOMMANDS), path

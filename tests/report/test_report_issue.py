@@ -1,0 +1,130 @@
+"""One issue for cells that changed their verdict: opened, updated, closed. `gh` here keeps issues in a file."""
+
+import json
+import os
+import sys
+
+import examples
+import pytest
+
+from harness import cli
+from harness.report.history import find_runs, tracks
+from harness.report.issue import LABEL, news_of, publish
+from harness.verdict import Verdict
+
+GH = """#!{python}
+import json, sys
+from pathlib import Path
+kept, words = Path({kept!r}), sys.argv[1:]
+state = json.loads(kept.read_text()) if kept.exists() else []
+text = sys.stdin.read()
+match words[:2]:
+    case ["issue", "list"]:
+        print(json.dumps([{{"number": n + 1}} for n, issue in enumerate(state) if issue["open"]]))
+    case ["issue", "create"]:
+        state.append({{"open": True, "body": text, "comments": []}})
+        print(f"https://example.org/issues/{{len(state)}}")
+    case ["issue", "edit"]:
+        state[int(words[2]) - 1]["body"] = text
+    case ["issue", "comment"]:
+        state[int(words[2]) - 1]["comments"].append(text)
+    case ["issue", "close"]:
+        state[int(words[2]) - 1]["open"] = False
+    case ["label", "create"]:
+        pass
+    case _:
+        sys.exit(f"unknown: {{words}}")
+kept.write_text(json.dumps(state))
+"""
+
+
+@pytest.fixture
+def gh(tmp_path, monkeypatch):
+    """A `gh` on PATH; returns a function that reads its issues."""
+    folder, kept = tmp_path / "bin", tmp_path / "issues.json"
+    folder.mkdir()
+    (folder / "gh").write_text(GH.format(python=sys.executable, kept=str(kept)))
+    (folder / "gh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return lambda: json.loads(kept.read_text()) if kept.exists() else []
+
+
+def nights(folder, *verdicts: str) -> None:
+    """A run a verdict, of one cell that is declared `pass`."""
+    good = examples.cell("helix-gqa", "CPU_ATTN", "cpu", examples.TINY, 4, 2)
+    for night, verdict in enumerate(verdicts, start=1):
+        name = f"2026-11-{night:02d}"
+        events = [
+            {"event": "run-start", "run": name, "planned": [good.id], "time": f"{name}T02:00:00+00:00"},
+            {"event": "result", "result": examples.result(good, verdict, "r").model_dump(mode="json")},
+        ]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "ledger.ndjson").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def said(folder) -> int:
+    return cli.main(["issue", "--reports", str(folder), "--repository", "o/n"])
+
+
+def test_an_issue_is_opened_updated_and_closed(tmp_path, gh, capsys):
+    folder = tmp_path / "nights"
+    nights(folder, "pass")
+    assert said(folder) == 0 and gh() == []
+    nights(folder, "pass", "fail")
+    assert said(folder) == 0
+    (issue,) = gh()
+    assert "| ✗ fail | 2026\\-11\\-02 | 2026\\-11\\-01 |" in issue["body"] and "pass → **fail**" in issue["body"]
+    nights(folder, "pass", "fail", "fail")  # nothing moved: the same issue, no comment
+    assert said(folder) == 0 and len(gh()) == 1 and gh()[0]["comments"] == []
+    nights(folder, "pass", "fail", "fail", "unproven")
+    assert said(folder) == 0
+    (issue,) = gh()
+    assert "fail → **unproven**" in issue["comments"][0] and "| 2026\\-11\\-02 | 2026\\-11\\-01 |" in issue["body"]
+    nights(folder, "pass", "fail", "fail", "unproven", "pass")
+    assert said(folder) == 0
+    (issue,) = gh()
+    assert not issue["open"] and "unproven → **pass**" in issue["comments"][1]
+    nights(folder, "pass", "fail", "fail", "unproven", "pass", "fail")
+    assert said(folder) == 0 and [one["open"] for one in gh()] == [False, True]
+
+
+def test_a_night_that_could_not_judge_changes_nothing(tmp_path):
+    nights(tmp_path, "pass", "error")
+    assert news_of(tracks(find_runs(tmp_path))).changed == ()
+    nights(tmp_path, "pass", "error", "fail")
+    news = news_of(tracks(find_runs(tmp_path)))
+    assert [(change.was, change.now) for change in news.changed] == [("pass", "fail")]
+    assert [track.verdicts[-1][1] for track in news.bad] == [Verdict.FAIL]
+
+
+def test_a_new_cell_is_news_only_when_it_is_bad(tmp_path):
+    nights(tmp_path / "a", "pass")
+    nights(tmp_path / "b", "fail")
+    assert news_of(tracks(find_runs(tmp_path / "a"))).changed == ()
+    assert [change.was for change in news_of(tracks(find_runs(tmp_path / "b"))).changed] == [""]
+
+
+def test_the_label_is_what_finds_the_issue_again(tmp_path):
+    nights(tmp_path, "fail")
+    asked = []
+
+    def gh(words, text):
+        asked.append(list(words))
+        return "[]" if words[:2] == ["issue", "list"] else ""
+
+    publish(news_of(tracks(find_runs(tmp_path))), gh, "o/n")
+    for words in (asked[0], asked[-1]):
+        assert words[words.index("--label") + 1] == LABEL and words[words.index("--repo") + 1] == "o/n"
+
+
+def test_without_a_repository_it_is_printed_and_without_runs_it_is_2(tmp_path, capsys):
+    nights(tmp_path / "a", "fail")
+    assert cli.main(["issue", "--reports", str(tmp_path / "a")]) == 0
+    assert "1 cell not as declared" in capsys.readouterr().out
+    assert cli.main(["issue", "--reports", str(tmp_path / "none")]) == 2
+
+
+def test_gh_that_fails_is_infrastructure(tmp_path, monkeypatch, capsys):
+    nights(tmp_path / "a", "fail")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert said(tmp_path / "a") == 3
