@@ -5,6 +5,7 @@ order. Where a run measured too little, the band that was measured for that dtyp
 (`shipped`).
 """
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,11 @@ from harness.oracle.statistics import Tail
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "null"
+
+#: How much louder a model may be than those that a shipped band was measured with: another depth, another contrast of
+#: its logits. A choice, not a measurement; it matters only where a run cannot measure a band of its own, and where a
+#: TPn baseline is compared with TP1 before it may serve as one.
+TRANSFER = 4.0
 
 #: How often a run of clean cells may raise any alarm at all.
 RUN_RATE = 0.01
@@ -57,20 +63,34 @@ class PhaseBand(Frozen):
     """The null of prefill's token or of decode.
 
     `change`: tail of the largest |Δ logprob| of a step, nats. `distance`: tail of sqrt(2 KL), which is a change in
-    nats as well. `level`: mean log change; `sd`: its standard deviation among steps of one row; `kl`, `forced`,
-    `agreement`: means of KL, of |Δ logprob| of the imposed token, of keeping the best token. `n`: steps.
+    nats as well. `level`: mean log change; `sd`: its standard deviation among steps of one row, `between`: among the
+    means of rows; `kl`, `forced`, `agreement`: means of KL, of |Δ logprob| of the imposed token, of keeping the best
+    token. `n`: steps.
     """
 
     change: Tail
     distance: Tail
     level: float
     sd: float
+    between: float = 0.0
     kl: float
     forced: float
     agreement: float
     n: int
     rows: tuple[Row, ...] = ()
     curve: tuple[Curve, ...] = ()
+
+    def louder(self, factor: float) -> "PhaseBand":
+        """The same null, every change `factor` times as large."""
+        return self.model_copy(
+            update={
+                "change": self.change.scaled(factor),
+                "distance": self.distance.scaled(factor),
+                "level": self.level + math.log(factor),
+                "kl": self.kl * factor**2,
+                "forced": self.forced * factor,
+            }
+        )
 
 
 class Spread(Frozen):
@@ -140,12 +160,24 @@ def kind_of(model: str) -> str:
 
 
 def shipped(dtype: str, model: str) -> Band:
-    """The band in the repository for `dtype` and the kind of `model`; a KeyError that names what there is otherwise."""
+    """The band in the repository for `dtype` and the kind of `model`; a KeyError that names what there is otherwise.
+
+    For a model that it was not measured with it is `TRANSFER` times as wide, and says so.
+    """
     path = SHIPPED / f"{dtype}-{kind_of(model)}.json"
     if not path.is_file():
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json"))) or "none"
         raise KeyError(f"no null band for {dtype} and models of kind {kind_of(model)}; shipped: {names}")
-    return Band.load(path)
+    band = Band.load(path)
+    if any(f"/{model.removeprefix(PREFIX)}/" in source.baseline for source in band.sources):
+        return band
+    return band.model_copy(
+        update={
+            "name": f"{band.name}, {TRANSFER:g} times as wide for another model",
+            "prefill": band.prefill.louder(TRANSFER),
+            "decode": band.decode.louder(TRANSFER),
+        }
+    )
 
 
 def measured_elsewhere(dtype: str, model: str) -> tuple[Spread, Shapes]:

@@ -77,11 +77,18 @@ def _phase(steps: Sequence[StepChange], decode: Sequence[StepChange], floor: flo
     rows = _rows(steps, floor)
     logs = [math.log(max(step.widest, floor)) for step in steps]
     return PhaseBand(
-        change=_scaled(change, scale), distance=_scaled(distance, scale), level=float(np.mean(logs)),
-        sd=_within(steps, rows, floor), kl=float(np.mean([step.kl for step in steps])),
+        change=change.scaled(scale),
+        distance=distance.scaled(scale),
+        level=float(np.mean(logs)),
+        sd=_within(steps, rows, floor),
+        between=float(np.std([row.mean for row in rows])),
+        kl=float(np.mean([step.kl for step in steps])),
         forced=float(np.mean([step.change for step in steps])),
-        agreement=float(np.mean([step.same_best for step in steps])), n=len(steps), rows=rows, curve=_curve(steps),
-    )  # fmt: skip
+        agreement=float(np.mean([step.same_best for step in steps])),
+        n=len(steps),
+        rows=rows,
+        curve=_curve(steps),
+    )
 
 
 def _scale(steps: Sequence[StepChange], decode: Sequence[StepChange]) -> float:
@@ -90,10 +97,6 @@ def _scale(steps: Sequence[StepChange], decode: Sequence[StepChange]) -> float:
         return 1.0
     mine, theirs = (float(np.median([step.widest for step in some])) for some in (steps, decode))
     return max(1.0, mine / theirs)
-
-
-def _scaled(tail, scale: float):
-    return tail.model_copy(update={"threshold": tail.threshold * scale, "excess": tail.excess * scale})
 
 
 def _by_row(steps: Iterable[StepChange], floor: float) -> dict[tuple[str, int], list[float]]:

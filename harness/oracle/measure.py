@@ -39,8 +39,8 @@ class Rates:
 def measure(found: Comparison, band: Band, rates: Rates) -> tuple[Statistic, ...]:
     """All statistics: missing answers, then those of prefill's token (step 0), then those of decode."""
     note = "; ".join(f"{item.prompt}: {item.reason}" for item in found.missing[:3])
-    count = len(found.missing)
-    missing = Statistic(name="missing answers", value=count, bound=0, n=count, unit="prompts", note=note)
+    asked = len({step.prompt for step in found.steps} | {item.prompt for item in found.missing})
+    missing = Statistic(name="missing answers", value=len(found.missing), bound=0, n=asked, unit="prompts", note=note)
     prefill = [step for step in found.steps if step.prefill]
     decode = [step for step in found.steps if not step.prefill]
     groups: dict[str, list[StepChange]] = defaultdict(list)
@@ -142,7 +142,8 @@ def log_ratio(steps: Sequence[StepChange], null: PhaseBand, floor: float) -> tup
     rows = {(row.prompt, row.bin): row for row in null.rows}
     paired = all((step.prompt, step.bin) in rows for step in steps)
     if not paired:
-        error = null.sd * math.sqrt(1 / len(steps) + 1 / null.n)
+        here = len({(step.prompt, step.bin) for step in steps})
+        error = math.hypot(null.sd * math.sqrt(1 / len(steps) + 1 / null.n), null.between / math.sqrt(here))
         return float(np.mean(logs) - null.level), error, False
     means = [rows[step.prompt, step.bin].mean for step in steps]
     number = sum(row.n for row in {(step.prompt, step.bin): rows[step.prompt, step.bin] for step in steps}.values())

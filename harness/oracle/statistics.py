@@ -44,6 +44,10 @@ class Tail(Frozen):
         # A generalised Pareto with mean e has scale e (1 - shape).
         return self.threshold + self.excess * (1.0 - self.shape) * far
 
+    def scaled(self, factor: float) -> "Tail":
+        """The tail of the same values, each times `factor`."""
+        return self.model_copy(update={"threshold": self.threshold * factor, "excess": self.excess * factor})
+
     def bound(self, rate: float, steps: int) -> float:
         """The value that the largest of `steps` null steps exceeds with probability at most `rate`."""
         return self.point(rate / max(1, steps))

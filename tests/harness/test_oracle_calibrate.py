@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from made_answers import PROMPTS, server
 
@@ -116,3 +117,29 @@ def test_positions_and_places_by_hand():
     assert [place_name(place) for place in (0, 1, 4, 5)] == [
         "alone", "batch places 1-4", "batch places 1-4", "batch places 5-8",
     ]  # fmt: skip
+
+
+def test_a_shipped_band_is_wider_for_a_model_it_was_not_measured_with():
+    known, other = shipped("float32", "recipe:llama-k4"), shipped("float32", "recipe:some-other")
+    assert "4 times as wide for another model" in other.name and "times as wide" not in known.name
+    for rate in (1e-2, 1e-5):
+        assert other.decode.change.bound(rate, 500) == pytest.approx(4 * known.decode.change.bound(rate, 500))
+    assert other.decode.level == pytest.approx(known.decode.level + math.log(4))
+    assert other.decode.sd == known.decode.sd and other.spread == known.spread
+
+
+def test_prompts_of_unlike_loudness_widen_an_unpaired_comparison():
+    uneven = calibrate_uneven(loud=10.0)
+    even = calibrate_uneven(loud=1.0)
+    assert uneven.decode.between > 0.5 > 0.3 > even.decode.between
+    assert uneven.decode.sd == pytest.approx(even.decode.sd, rel=0.2)  # within a row nothing changed
+
+
+def calibrate_uneven(loud: float) -> Band:
+    """A null whose `long` prompts are `loud` times as loud as the others."""
+
+    def louder(prompt, kind, step, logits):
+        noise = np.random.Generator(np.random.PCG64([step, ord(prompt[-1])])).standard_normal(logits.shape)
+        return logits + loud * 1e-5 * noise if kind == "long" else logits
+
+    return band_from(NullPair("tp size", TP4, server(1e-5, 2, fault=louder)))
