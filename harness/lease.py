@@ -23,7 +23,7 @@ from harness.need import Need, Room, host_cores, host_memory
 #: Below Linux's ephemeral range, so that no outgoing connection sits on a leased port.
 PORTS = range(21000, 29000)
 #: Seconds after which a lease that is waited for is kept free for who waits, so that small ones do not starve it.
-PATIENCE = 20.0
+PATIENCE = 5.0
 _numbers = itertools.count()
 
 
@@ -82,21 +82,23 @@ class Host:
     def __init__(self, room: Room | None = None):
         self.room = room or Room(gpus=visible(), cores=host_cores(), memory_bytes=host_memory())
 
-    def take(self, need: Need) -> Lease | None:
-        """A lease, or None while others hold too much of what it takes. ValueError when this host lacks it for good."""
-        with _Ticket(need) as ticket:
-            return self._take(need, ticket)
+    def take(self, need: Need, ticket: "Ticket | None" = None) -> Lease | None:
+        """A lease, or None while others hold too much of what it takes, or an older ticket than `ticket` waits for it.
+
+        ValueError when this host lacks it for good.
+        """
+        return self._take(need, ticket or Ticket(need))
 
     def wait(self, need: Need, cancel: threading.Event) -> Lease:
         """As `take`, as soon as others give enough back. Raises Cancelled."""
-        with _Ticket(need) as ticket:
+        with Ticket(need) as ticket:
             while (lease := self._take(need, ticket)) is None:
                 if cancel.wait(0.3):
                     raise Cancelled
                 ticket.age()
         return lease
 
-    def _take(self, need: Need, ticket: "_Ticket") -> Lease | None:
+    def _take(self, need: Need, ticket: "Ticket") -> Lease | None:
         if lack := self.room.lacks(need):
             raise ValueError(lack)
         with _one_at_a_time():
@@ -121,8 +123,8 @@ class Host:
                 raise
 
 
-class _Ticket:
-    """A request for a lease. Once it is older than PATIENCE, later requests leave room for it."""
+class Ticket:
+    """A request for a lease. Once it is older than PATIENCE, later requests, of any harness, leave room for it."""
 
     def __init__(self, need: Need):
         self.need = need
@@ -130,18 +132,27 @@ class _Ticket:
         self.path: Path | None = None
         self._descriptor = -1
 
+    @property
+    def old(self) -> bool:
+        return self.path is not None
+
     def age(self) -> None:
+        """Called now and then while waiting."""
         if self.path is None and time.monotonic() - self.since > PATIENCE:
             with _one_at_a_time():
                 self.path, self._descriptor = _write("want", self.need, (), self.since)
 
-    def __enter__(self) -> "_Ticket":
+    def __enter__(self) -> "Ticket":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
+            self.path = None
 
 
 def _write(kind: str, need: Need, gpus: Sequence[str], since: float = 0.0) -> tuple[Path, int]:

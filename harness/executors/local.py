@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from harness.cell import Cell
 from harness.client import answer_all
-from harness.lease import Host, Lease
+from harness.lease import Host, Lease, Ticket
 from harness.models.recipe import PREFIX, shape
 from harness.need import Need, need_of
 from harness.result import Phase
@@ -48,26 +48,44 @@ class LocalExecutor:
         self.cancel = threading.Event()
         self._live: set[Server] = set()
         self._reserved: dict[str, Lease] = {}  # by cell key, for the next attempt
+        self._waiting: Ticket | None = None  # for what could not be leased first
 
     def reserve(self, cell: Cell, ask: bool = True) -> bool:
         """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt."""
+        need = self._need(cell, ask)
+        if self._waiting is not None and self._waiting.old and self._waiting.need != need:
+            return False  # what has waited long comes first
         try:
-            lease = self.host.take(self._need(cell, ask))
+            lease = self.host.take(need, self._waiting)
         except (ValueError, RuntimeError, OSError):
             return True  # the attempt meets it again, and its row says so
-        if lease is not None:
-            self._reserved[cell.key] = lease
-        return lease is not None
+        if lease is None:
+            self._waiting = self._waiting or Ticket(need)
+            self._waiting.age()
+            return False
+        self._reserved[cell.key] = lease
+        if self._waiting is not None and self._waiting.need == need:
+            self._waiting.close()
+            self._waiting = None
+        return True
 
     def _need(self, cell: Cell, ask: bool) -> Need:
         """What a server takes. One that is to be refused, and so not asked, ends before its ranks start."""
         need = need_of(cell, self.host.room.cores)
         return need if ask or cell.hardware != "cpu" else need.model_copy(update={"cores": 1})
 
+    def give_back(self) -> None:
+        """Release what is reserved and was not used."""
+        for key in list(self._reserved):
+            self._reserved.pop(key).release()
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
+
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
         """Start `cell` in `folder` (log, proofs, workload, transcript), ask its workload following `follow`, and stop.
 
-        Without `ask` it is stopped as soon as it is ready. Server failures are in the attempt; NotForced,
+        Without `ask` it is stopped as soon as it is ready. Server failures are in the attempt;
         RuntimeError (no port), ValueError (this host lacks what it takes), Cancelled and OSError are raised.
         """
         folder = folder.absolute()
@@ -123,6 +141,7 @@ class LocalExecutor:
     def end_all(self) -> None:
         """Kill every running server now, without grace."""
         self.cancel.set()
+        self.give_back()
         for server in list(self._live):
             server.stop(now=True)
 

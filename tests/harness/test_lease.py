@@ -11,6 +11,7 @@ import pytest
 
 from harness import lease as leases
 from harness.cell import Cell, Mode
+from harness.executors.local import LocalExecutor
 from harness.gpus import GpuMemory, visible
 from harness.lease import Cancelled, Host
 from harness.matrix import PlannedCell
@@ -184,9 +185,7 @@ def test_a_cell_beyond_the_host_is_skipped_with_what_is_compared_with_it():
         PlannedCell(cell=follows, baseline=big, **common),
     ]  # fmt: skip
     skips = [item.skip for item in fit(plan, Room(cores=2, memory_bytes=4 * GIB))]
-    assert skips[0] == (
-        "needs 13.0 GiB of memory (1.0 GiB + 8 ranks x 1.50 GiB); this host has 4.0 GiB"
-    )
+    assert skips[0] == ("needs 13.0 GiB of memory (1.0 GiB + 8 ranks x 1.50 GiB); this host has 4.0 GiB")
     assert skips[1] is None
     assert skips[2].startswith("its baseline") and "needs 13.0 GiB" in skips[2]
 
@@ -200,3 +199,19 @@ def test_memory_is_the_least_of_host_and_control_groups(tmp_path):
     (tmp_path / "cg/a/b/memory.max").write_text("max\n")
     (tmp_path / "cg/a/memory.max").write_text(f"{2 * GIB}\n")
     assert host_memory(tmp_path / "proc", tmp_path / "cg") == 2 * GIB
+
+
+def test_a_scheduler_that_waits_is_served_before_later_ones(monkeypatch):
+    """Between two looks of the first, the second never gets what the first waits for; small cells of its own wait too."""
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    first, second = (LocalExecutor(host=Host(Room(cores=4, memory_bytes=64 * GIB))) for _ in range(2))
+    running = second.host.take(Need(cores=2))
+    assert not first.reserve(cell(4)) and not first.reserve(cell(4))
+    assert not first.reserve(cell(1))
+    running.release()
+    assert not second.reserve(cell(1))
+    assert first.reserve(cell(4))
+    assert not second.reserve(cell(1))
+    first.give_back()
+    assert second.reserve(cell(1))
+    second.give_back()
