@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.attention_cases import Attention, inputs
 from benchmarks.records import Record, Results
+from helix_runtime.overlap import measured_count, micro_batch_count
 
 CASES = [
     Attention(64, 128 << 10, 8, 1),
@@ -71,7 +72,7 @@ def measure(case: Attention, results: Results) -> None:
     from benchmarks.timing import interleave
     from helix_runtime.attention.device import decode_kernel
     from helix_runtime.attention.split_kv import multiprocessors
-    from helix_runtime.overlap import StreamLanes, measured_count, micro_batch_count, micro_batches, overlapped
+    from helix_runtime.overlap import StreamLanes, micro_batches, overlapped
 
     given = inputs(case, page=128)
     lanes = StreamLanes("cuda")
@@ -128,12 +129,6 @@ def measure(case: Attention, results: Results) -> None:
             calls["attention"] = [attend]
             times = interleave(calls, rounds=results.rounds)
             alone, whole = times["exchange"].median, times["1"].median
-            by_count = {}
-            for cut in cuts:
-                if cut.count not in by_count or times[cut.name].median < times[by_count[cut.count].name].median:
-                    by_count[cut.count] = cut
-            chosen = measured_count({count: times[cut.name].median for count, cut in by_count.items()})
-            predicted = micro_batch_count(case.batch, times["attention"].median, alone, counts=sorted(by_count))
             for cut in cuts:
                 took = times[cut.name]
                 params = {
@@ -147,15 +142,12 @@ def measure(case: Attention, results: Results) -> None:
                     "exchange_bytes": 8 * words,
                     "exchange_share": share,
                 }
-                best = by_count[cut.count] == cut
                 extra = {
                     "case": case.name,
                     "cut": cut.name,
                     "attention_us": times["attention"].median,
                     "exchange_us": alone,
                     "hidden": round((whole - took.median) / alone, 3),
-                    "chosen": best and cut.count == chosen,
-                    "predicted": best and cut.count == predicted,
                 }
                 nbytes = case.bytes + 8 * words
                 results.add(Record("overlap/step", params, nbytes, case.flops, took.median, took.low, took.high, extra))
@@ -175,7 +167,16 @@ def table(results: Results) -> str:
         "|" + " --- |" * 10,
     ]
     groups: dict[tuple, list[Record]] = {}
-    for record in results.records:
+    order = {case.name: number for number, case in enumerate(CASES)}
+    ordered = sorted(
+        results.records,
+        key=lambda record: (
+            -record.params["exchange_share"],
+            order.get(record.extra["case"], 99),
+            record.params["exchange_programs"],
+        ),
+    )
+    for record in ordered:
         keys = ("exchange_programs", "exchange_share", "exchange_bytes")
         groups.setdefault((record.extra["case"], *(record.params[key] for key in keys)), []).append(record)
     for (case, programs, share, nbytes), records in groups.items():
@@ -184,8 +185,13 @@ def table(results: Results) -> str:
             continue
         whole = next(record for record in records if record.params["micro_batches"] == 1)
         best = min(several, key=lambda record: record.us)
-        chosen = next(record for record in records if record.extra["chosen"])
-        predicted = next(record for record in records if record.extra["predicted"])
+        by_count: dict[int, Record] = {}
+        for record in records:
+            count = record.params["micro_batches"]
+            by_count[count] = min(by_count.get(count, record), record, key=lambda record: record.us)
+        chosen = by_count[measured_count({count: record.us for count, record in by_count.items()})]
+        alone = (best.extra["attention_us"], best.extra["exchange_us"])
+        predicted = by_count[micro_batch_count(best.params["batch"], *alone)]
         cells = [
             case,
             f"{programs} SMs, {nbytes / 1e6:.1f} MB, {share:g} of the attention",
