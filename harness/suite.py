@@ -17,6 +17,7 @@ from harness.cell import Comm, Mode
 from harness.frozen import Frozen
 from harness.verdict import DECLARABLE, Verdict
 from harness.yaml_file import Document, Problem, SuiteError, read
+from helix_runtime.capability_rows import DEFAULT_VLLM
 
 #: Where this checkout is: suites, schemas and reports are found from here, wherever the command is called.
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +112,7 @@ class Group(Strict):
     helix: Options = Field(default_factory=dict)
     workload: Literal["smoke", "standard"] = "standard"
     bench: BenchSpec | None = Field(default=None, description="measure the cells against their baselines under load")
+    vllm_version: Axis[Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")]] = (DEFAULT_VLLM,)
     fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?)?$")] | None] = (None,)
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None
@@ -128,6 +130,8 @@ class Group(Strict):
             raise ValueError("a fault that cannot be caught ('expect: pass') needs a 'why'")
         if self.bench and self.mode is Mode.STANDARD_TP:
             raise ValueError("'bench' measures a cell against its standard-TP baseline, so not 'standard-tp' itself")
+        if set(self.vllm_version) != {DEFAULT_VLLM} and self.mode.helix:
+            raise ValueError(f"'vllm_version' goes with a standard mode: the plugin runs on {DEFAULT_VLLM} only")
         if self.helix and not self.mode.helix:
             raise ValueError(f"'helix' options go with a helix mode, not with '{self.mode}'")
         return self

@@ -229,23 +229,37 @@ def _original() -> list[Row]:
     return rows
 
 
-def _flashinfer_before_0_30() -> list[Row]:
+def _flashinfer_before_0_32() -> list[Row]:
     """Upstream defects that explain the original table's FLASHINFER column; gone in the versions that we support."""
-    declared = Declared(
+    source = "vllm-project/vllm issues 48003 and 52796"
+    broken = Declared(
         _LIMIT,
         "decode context parallelism reads foreign pages and wrong local lengths before 0.30.0, and before 0.29.0 "
         "merges a base-2 LSE as base e on a prefix hit or a second chunk",
-        "vllm-project/vllm issues 48003 and 52796",
+        source,
         True,
         "2",
     )
-    return [Row("FLASHINFER", family, STANDARD_DCP, False, "0.15.0", "0.30.0", declared) for family in _CUDA]
+    mended = Declared(
+        Support.SUPPORTED, "the defects of decode context parallelism are gone from 0.30.0", source, True, "2"
+    )
+    stock = Declared(Support.SUPPORTED, "needs no LSE; the defects are of context parallelism only", source, True, "2")
+    spans = (
+        (STANDARD_DCP, "0.15.0", "0.30.0", broken),
+        (STANDARD_DCP, "0.30.0", "0.32.0", mended),
+        (STANDARD_TP, "0.15.0", "0.32.0", stock),
+    )
+    return [
+        Row("FLASHINFER", family, mode, False, since, before, declared)
+        for family in _CUDA
+        for mode, since, before, declared in spans
+    ]
 
 
 #: Every row of the table.
 ROWS: tuple[Row, ...] = (
     *_original(),
-    *_flashinfer_before_0_30(),
+    *_flashinfer_before_0_32(),
     *(row for item in _VLLM_0_32 for row in _spread(item, "v1/attention/backends/", "0.32.0", "0.32.1")),
     *(row for item in _OURS_0_32 for row in _spread(item, "", "0.32.0", "0.32.1")),
 )

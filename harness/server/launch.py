@@ -42,10 +42,10 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
     recipe = cell.model.startswith(PREFIX)
     model = str(ensure(cell.model)) if recipe else cell.model
     name, api_key = f"helix-{secrets.token_hex(8)}", secrets.token_hex(16)
-    proof_dir = None if cell.baseline else folder / "proof"
+    proof_dir = None if cell.stock else folder / "proof"
     argv, given = _take_additional_config(cell.command(model))
     argv += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
-    if not cell.baseline:
+    if not cell.stock:
         argv += ["--logits-processors", forced_decode(cell)]
         if cell.mode.helix or cell.mode is Mode.STANDARD_DCP:  # stock DCP is counted, and proves its path
             helix = {**dict(cell.helix), "proof_dir": str(proof_dir)}
@@ -93,8 +93,8 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
             env["TORCHDYNAMO_DISABLE"] = "1"
     else:
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiles for minutes at first use; we decode greedily
-    if cell.baseline and not cell.helix:
-        env["VLLM_PLUGINS"] = ""  # not even loaded: a baseline is stock
+    if cell.stock and not cell.helix:
+        env["VLLM_PLUGINS"] = ""  # not even loaded
     return env | dict(cell.env)
 
 

@@ -254,7 +254,7 @@ class TestCapabilityRefusals:
         error = refusal(4, 2, 16, 4, False, True, "FLASH")
         assert error.rule == "known-names"
         assert "valid: FLASH_ATTN, FLASHINFER," in str(error)
-        assert "it covers: helix-original" in str(refusal(4, 2, 16, 4, False, True, vllm_version="0.31.0"))
+        assert "it covers: helix-original" in str(refusal(4, 2, 16, 4, False, True, vllm_version="0.14.0"))
         assert "hopper, blackwell, blackwell-rtx, cpu" in str(refusal(4, 2, 16, 4, False, True, hardware="turing"))
 
     def test_cpu_layouts_carry_no_backend_flag(self):
@@ -484,7 +484,7 @@ class TestCapabilities:
 
     def test_versions(self):
         assert capabilities.check_version("0.32.0+cpu") == "0.32.0"
-        for version in ("0.31.0", "0.33.0", "0.32.0rc1", "main"):
+        for version in ("0.14.0", "0.33.0", "0.32.0rc1", "main"):
             with pytest.raises(ValueError, match="it covers: helix-original"):
                 declare("FLASH_ATTN", "hopper", "standard-tp", version)
 

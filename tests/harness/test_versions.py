@@ -1,0 +1,75 @@
+"""The axis `vllm_version`: old releases, stock, with their known defects declared."""
+
+import pytest
+
+from harness.cell import Cell, Mode
+from harness.hardware import Hardware
+from harness.matrix import expand, installed_vllm, skip_reason
+from harness.runner import run
+from harness.server.launch import make_launch
+from harness.suite import Group, load_all
+from harness.verdict import Verdict
+
+HOPPER = Hardware(family="hopper", name="H200", count=8, memory_bytes=2**37, compute_capability="9.0")
+OLD = Cell(
+    mode=Mode.STANDARD_DCP, backend="FLASHINFER", hardware="hopper", model="Qwen/Qwen3-30B-A3B", tp=8, kvp=2,
+    comm="ag_rs", vllm_version="0.29.0",
+)  # fmt: skip
+
+
+def test_the_matrix_tells_versions_apart():
+    plan = expand(load_all(["version-sweep"]), [HOPPER])
+    dcp = {
+        item.cell.vllm_version: item.declared
+        for item in plan
+        if item.cell.mode is Mode.STANDARD_DCP and item.cell.hardware == "hopper" and item.cell.interleave == 16
+    }
+    assert {version: str(verdict) for version, verdict in dcp.items()} == {
+        "0.28.0": "xfail", "0.29.0": "xfail", "0.30.0": "pass", "0.31.0": "pass", "0.32.0": "pass",
+    }  # fmt: skip
+    for item in plan:
+        if item.baseline:
+            assert item.baseline.vllm_version == item.cell.vllm_version
+        if item.cell.baseline:
+            assert item.declared is Verdict.PASS
+
+
+def test_a_release_that_is_not_here_is_a_skip_that_says_so(monkeypatch):
+    assert "needs vLLM 0.29.0; this environment has" in skip_reason(OLD, [HOPPER])
+    monkeypatch.setattr("harness.matrix.installed_vllm", lambda: "0.29.0")
+    assert skip_reason(OLD, [HOPPER]) is None
+    assert installed_vllm() == "0.32.0"
+
+
+def test_the_version_is_in_the_name_where_it_is_not_the_usual_one():
+    assert OLD.id.endswith("/vllm=0.29.0")
+    assert "vllm=" not in OLD.model_copy(update={"vllm_version": "0.32.0"}).id
+
+
+def test_an_old_release_is_started_without_a_hook_of_ours(tmp_path):
+    launch = make_launch(OLD, tmp_path, 21000)
+    assert "--logits-processors" not in launch.argv and "--additional-config" not in launch.argv
+    assert dict(launch.env)["VLLM_PLUGINS"] == "" and launch.proof_dir is None
+    usual = make_launch(OLD.model_copy(update={"vllm_version": "0.32.0"}), tmp_path, 21000)
+    assert "--logits-processors" in usual.argv and "VLLM_PLUGINS" not in dict(usual.env)
+
+
+def test_old_releases_are_for_standard_modes():
+    with pytest.raises(ValueError, match="'vllm_version' goes with a standard mode"):
+        Group(
+            name="g", mode="helix-gqa", backend="FLASH_ATTN", hardware="hopper", model="recipe:llama-k4",
+            layout={"tp": 4, "dcp": 2}, vllm_version="0.29.0",
+        )  # fmt: skip
+
+
+def test_an_old_release_that_answers_wrong_is_the_known_limitation(tmp_path):
+    from test_runner import Table, good, planned, transcript
+
+    old = OLD.model_copy(update={"model": "recipe:llama-k4"})
+    base = old.model_copy(update={"mode": Mode.STANDARD_TP, "kvp": 1, "comm": None})
+    wrong = good(old, transcript=transcript(old, shift=0.9), proofs=())
+    plan = [planned(base, baseline=None), planned(old, Verdict.XFAIL, baseline=base)]
+    table = Table(answers={old.key: wrong})
+    found = run(plan, run_dir=tmp_path, progress=lambda line: None, executor=table, localise=False)
+    assert [str(result.verdict) for result in found] == ["pass", "xfail"]
+    assert [follows for _, follows, _ in table.ran] == [False, False]  # it chose freely
