@@ -1,8 +1,11 @@
 """`helix.combine` and `helix.overlap`: what is asked for, what runs, and that it says so."""
 
+import math
+
 import pytest
 import torch
 
+from helix_runtime.combine.select import Chosen
 from helix_runtime.vllm_plugin import exchange
 from helix_runtime.vllm_plugin.options import helix_options
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
@@ -37,6 +40,33 @@ def test_mistakes_name_what_is_allowed(given, named):
     with pytest.raises(HelixRefusal) as refusal:
         helix_options({"helix": given})
     assert named in str(refusal.value)
+
+
+class Group:
+    world_size = 2
+
+
+@pytest.mark.parametrize("natural, returned", [(True, 2.0), (False, 2.0 / math.log(2.0))])
+def test_ours_in_place_of_vllms_keeps_its_contract(natural, returned, monkeypatch):
+    """vLLM hands base 2 in and wants base 2 out; our combines return natural logarithms."""
+    asked = {}
+
+    def combine(output, lse, **options):
+        asked.update(options, lse=lse)
+        return output[:, :1], torch.full((3, 1), 2.0)
+
+    monkeypatch.setattr(exchange, "_chosen", lambda wanted: Chosen("triton", combine))
+    replaced = exchange._replacement(lambda *arguments: "upstream", "triton")
+    output, lse, lengths = torch.ones(3, 2, 64), torch.zeros(3, 2), torch.tensor([1, 0, 2])
+    starts = torch.tensor([0, 1, 2, 3])
+    merged, merged_lse = replaced(
+        output, lse, Group(), return_lse=True, is_lse_base_on_e=natural, seq_lens=lengths, query_start_loc=starts
+    )
+    assert merged.shape == (3, 1, 64) and merged_lse[0, 0].item() == pytest.approx(returned)
+    assert asked["lse_base"] == ("e" if natural else "2")
+    assert asked["lengths"] is lengths and asked["query_start_loc"] is starts
+    assert torch.equal(replaced(output, lse, Group()), output[:, :1])
+    assert replaced(output.double(), lse, Group()) == "upstream"
 
 
 def test_a_decode_batch_in_micro_batches_is_the_same_numbers():
