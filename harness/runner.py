@@ -155,8 +155,14 @@ class _Run:
         return [self.results[item.cell.key] for item in self.plan]
 
     def _order(self, item: PlannedCell) -> tuple:
-        """Skipped ones first, which take no time; baselines before others; the largest first, which packs best."""
-        return (item.skip is None, not item.cell.baseline, -item.cell.tp if self.jobs > 1 else 0)
+        """Skipped ones first, which take no time; baselines before others; the largest first, which packs best.
+
+        With several jobs what takes one core goes before all others: side by side, and never beside a larger one.
+        """
+        several = self.jobs > 1
+        return (
+            item.skip is None, not (several and one_core(item)), not item.cell.baseline, -item.cell.tp if several else 0
+        )  # fmt: skip
 
     def _ready(self, item: PlannedCell) -> bool:
         base = item.baseline
@@ -371,6 +377,11 @@ class _Run:
             attempts=1 if attempt else 0,
             started=started,
         )
+
+
+def one_core(item: PlannedCell) -> bool:
+    """Whether its server takes one core of a CPU: one rank, or a refusal, which comes before ranks start."""
+    return item.cell.hardware == "cpu" and (item.cell.tp == 1 or item.declared is Verdict.REJECTED)
 
 
 def folder_name(cell: Cell) -> str:

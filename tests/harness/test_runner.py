@@ -107,6 +107,14 @@ def test_baselines_run_first_and_cells_follow_them(tmp_path, jobs):
     assert found[0].baseline_id == BASE.id and found[0].kv_cache_tokens == 4096 and len(found[0].proof) == 2
 
 
+def test_with_several_jobs_what_takes_one_core_goes_first(tmp_path):
+    one = BASE.model_copy(update={"tp": 1})
+    plan = [planned(BASE), planned(HELIX), planned(OTHER, Verdict.REJECTED), planned(one)]
+    for jobs, first in ((1, {BASE}), (2, {one, OTHER})):
+        _, table = play(tmp_path / str(jobs), plan, jobs)
+        assert {cell for cell, _, _ in table.ran[: len(first)]} == first
+
+
 def test_a_failed_baseline_is_the_error_of_its_dependents(tmp_path):
     broken = failed(BASE, Cause.OUT_OF_MEMORY, "no memory")
     found, table = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: broken})
