@@ -47,7 +47,7 @@ class Table(Frozen):
     rows: tuple[Row, ...]
     clean: int
     alarms: int
-    band: str
+    bands: tuple[str, ...]
 
 
 def effect(statistic: Statistic) -> float:
@@ -109,7 +109,7 @@ def table(runs: Sequence[Path]) -> Table:
         rows=rows_of(judged),
         clean=len(clean),
         alarms=sum(result.verdict is Verdict.FAIL for result in clean),
-        band=next((result.band for result in judged if result.band), ""),
+        bands=tuple(dict.fromkeys(result.band for result in judged if result.band)),
     )
 
 
@@ -142,7 +142,9 @@ def markdown(made: Table) -> str:
         "",
         f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
         f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
-        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. Judged by: {made.band}.",
+        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. Judged by:",
+        "",
+        *(f"- {band}" for band in made.bands),
         "",
     ]
     if missed:

@@ -63,7 +63,7 @@ def test_the_table_counts_clean_cells_apart_and_takes_the_last_run(tmp_path):
     second = run_of(tmp_path / "b", result())
     made = table([first, second])
     assert [item.caught for item in made.rows] == [True]
-    assert (made.clean, made.alarms, made.band) == (1, 0, "a band")
+    assert (made.clean, made.alarms, made.bands) == (1, 0, ("a band",))
 
 
 def test_the_command_tells_what_was_not_caught(tmp_path, capsys):
