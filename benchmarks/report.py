@@ -3,12 +3,12 @@
     python benchmarks/report.py [CELLS] [--ledger DIR] [--keep DIR]
 
 The cells are copies of those that ran in the committed CPU evidence (or in DIR), each with an option of its own, so
-that logs, proofs and statistics are real. The filter is timed in Chromium, from the input event to the end of the layout, at
-the letters of a word and at choices of a list.
+that logs, proofs and statistics are real. The filter is timed in Chromium at letters of a word and choices of a list.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -22,15 +22,18 @@ from harness.verdict import Effect
 EVIDENCE = Path(__file__).parent.parent / "reports" / "2026-11-24-cpu"
 WORDS = ("h", "he", "hel", "helix", "helix-gqa i16", "", "nothing like it", "")
 CHOICES = (("verdict", "pass"), ("column", "Helix"), ("column", ""), ("verdict", ""))
-#: From the event to the frame that shows its effect, in milliseconds.
+#: Milliseconds from the event to the layout that shows its effect, and until all rows far below are right as well.
 TIMED = """async ([name, value]) => {
   const field = document.querySelector(`form.filter [name=${name}]`);
+  const list = document.getElementById("cells");
   const began = performance.now();
   field.value = value;
   field.dispatchEvent(new Event("input", { bubbles: true }));
-  const script = performance.now() - began;
   document.body.offsetHeight;
-  return [script, performance.now() - began];
+  const shown = performance.now() - began;
+  while (list.ariaBusy) await new Promise((go) => setTimeout(go));
+  document.body.offsetHeight;
+  return [shown, performance.now() - began];
 }"""
 
 
@@ -43,13 +46,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = options.keep or Path(scratch) / "run"
         make(options.ledger, run_dir, options.cells)
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), cpu()
         page = report.write(run_dir)
-        took = time.perf_counter() - began
+        took, busy = time.perf_counter() - began, cpu() - busy
         size = page.stat().st_size
         each = f"{size / options.cells:,.0f} B a cell"
-        print(f"{options.cells:,} cells: built in {took:.1f} s, page {size / 1e6:.1f} MB ({each})")
+        print(
+            f"{options.cells:,} cells: built in {took:.1f} s ({busy:.1f} s of CPU), page {size / 1e6:.1f} MB ({each})"
+        )
         time_filter(page)
+
+
+def cpu() -> float:
+    """Seconds of CPU that this process and its children have taken."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def make(source: Path, run_dir: Path, count: int) -> None:
@@ -81,11 +92,10 @@ def time_filter(page: Path) -> None:
         opened = time.perf_counter() - began
         steps = [("text", word) for word in WORDS] + list(CHOICES)
         times = [tab.evaluate(TIMED, list(step)) for _ in range(3) for step in steps]
-        script, shown = zip(*times, strict=True)
-        print(
-            f"opened in {opened:.1f} s; filter, {len(times)} inputs: script median {statistics.median(script):.0f} ms, "
-            f"most {max(script):.0f}; with layout median {statistics.median(shown):.0f} ms, most {max(shown):.0f}"
-        )
+        shown, settled = zip(*times, strict=True)
+        first = f"shown after a median of {statistics.median(shown):.0f} ms, most {max(shown):.0f}"
+        rest = f"all rows after {statistics.median(settled):.0f} ms, most {max(settled):.0f}"
+        print(f"opened in {opened:.1f} s; filter, {len(times)} inputs: {first}; {rest}")
         browser.close()
 
 

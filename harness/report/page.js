@@ -20,16 +20,23 @@
     element,
     cells: [...element.querySelectorAll("details.cell")].map((cell) => byId.get(cell.dataset.id)),
   }));
-  const squares = [...document.querySelectorAll("a.square")].map((element) => {
+  // Each square, and for each cell the places of its squares: by backend and by model.
+  const squares = [...document.querySelectorAll("a.square")];
+  const places = new Map();
+  squares.forEach((element, place) => {
     const asked = new URLSearchParams(element.hash.slice(1));
-    return { element, by: asked.has("model") ? "model" : "backend", key: [...asked.values()].join("\n") };
+    places.set([asked.has("model") ? "model" : "backend", ...asked.values()].join("\n"), place);
   });
-  const rows = { backend: ["kind", "backend", "column", "hardware"], model: ["kind", "model", "column", "hardware"] };
-  for (const cell of cells)
-    cell.squares = Object.values(rows).map((names) => names.map((name) => cell.element.dataset[name]).join("\n"));
+  for (const cell of cells) {
+    const { kind, column, hardware } = cell.element.dataset;
+    const keys = ["backend", "model"].map((by) => [by, kind, cell.element.dataset[by], column, hardware].join("\n"));
+    cell.squares = keys.map((key) => places.get(key)).filter((place) => place !== undefined);
+  }
   const flat = document.createElement("section");
   flat.className = "group flat";
   let sorted = "";
+  const list = document.getElementById("cells");
+  let later = 0; // the timer of what is still to be written
   const against = document.querySelector("select.against");
   const encode = (value) => encodeURIComponent(value).replace(/%(2F|3A|40|2C|3B|24)/g, decodeURIComponent);
   const count = (n) => n.toLocaleString("en") + (n === 1 ? " cell" : " cells");
@@ -49,24 +56,43 @@
     body.insertAdjacentHTML("beforeend", await unpacked(base64)); // escaped when it was written
   }
 
-  function filter() {
-    const words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = fields.map((name) => form.elements[name].value);
-    let seen = 0;
-    for (const cell of cells) {
-      const fits = wanted.every((value, i) => !value || cell.facets[i].includes(value)) && words.every((w) => cell.text.includes(w));
-      cell.shown = fits;
-      if (fits) seen += 1;
-    }
-    // A group without a match is hidden as a whole, and its cells are left as they are until it comes back.
+  // What must be written to show what fits. A group without a match is hidden as a whole, and its cells are left as
+  // they are until it comes back.
+  function* changes() {
     for (const group of sorted ? [{ element: flat, cells }] : groups) {
       const any = group.cells.some((cell) => cell.shown);
       if (group.element.hidden === any) group.element.hidden = !any;
-      if (any) for (const cell of group.cells) if (cell.element.hidden === cell.shown) cell.element.hidden = !cell.shown;
+      if (!any) continue;
+      for (const cell of group.cells)
+        if (cell.element.hidden === cell.shown) {
+          cell.element.hidden = !cell.shown;
+          yield;
+        }
     }
-    const live = new Set();
-    if (seen < cells.length) for (const cell of cells) if (cell.shown) for (const key of cell.squares) live.add(key);
-    for (const square of squares) square.element.classList.toggle("dim", seen < cells.length && !live.has(square.key));
+  }
+
+  // In pages of many thousand cells the first rows are right at once, and those far below a moment later.
+  function write(steps) {
+    let done = false;
+    for (let n = 0; n < 1000 && !done; n++) done = steps.next().done;
+    list.ariaBusy = done ? null : "true";
+    if (!done) later = setTimeout(write, 0, steps);
+  }
+
+  function filter() {
+    const words = form.elements.text.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = fields.map((name, i) => [i, form.elements[name].value]).filter(([, value]) => value);
+    const live = new Uint8Array(squares.length);
+    let seen = 0;
+    for (const cell of cells) {
+      cell.shown = wanted.every(([i, value]) => cell.facets[i].includes(value)) && words.every((w) => cell.text.includes(w));
+      if (!cell.shown) continue;
+      seen += 1;
+      for (const place of cell.squares) live[place] = 1;
+    }
+    clearTimeout(later);
+    write(changes());
+    squares.forEach((square, place) => square.classList.toggle("dim", seen < cells.length && !live[place]));
     output.textContent = seen === cells.length ? count(seen) : `${seen.toLocaleString("en")} of ${count(cells.length)}`;
   }
 
@@ -94,7 +120,7 @@
     );
     flat.replaceChildren(...found.map((cell) => cell.element));
     for (const group of groups) group.element.hidden = true;
-    document.getElementById("cells").append(flat);
+    list.append(flat);
   }
 
   // The comparison with another run travels packed, written and escaped by the same template as the one shown.
@@ -136,7 +162,7 @@
       filter();
     }
     if (id !== null) show(id);
-    else if (names.length) document.getElementById("cells").scrollIntoView();
+    else if (names.length) list.scrollIntoView();
   }
 
   async function show(id) {

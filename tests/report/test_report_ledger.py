@@ -256,6 +256,7 @@ def test_random_ledgers_never_break_the_build(with_a_run, found):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 @settings(max_examples=1000, **FUZZ)
 @given(ledgers)
 def test_a_thousand_random_ledgers_never_break_the_build(with_a_run, found):
