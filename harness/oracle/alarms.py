@@ -1,8 +1,8 @@
 """How often does the oracle alarm on right servers? `python -m harness alarms FOLDER … [--json FILE]`.
 
-FOLDERs hold saved transcripts of right servers (`python -m harness starts`). Two are compared when they hold the same
-tokens of the same model, dtype and prompts, and the first is standard TP. Each comparison is judged by a band measured
-from the first and a third of standard TP on the same prompts, never from the candidate, at several stated rates.
+FOLDERs hold saved transcripts of right servers (`python -m harness starts`). Every two are compared that hold the same
+tokens of the same model, dtype and prompts. Each comparison is judged at several stated rates, by a band measured from
+standard TP on the same prompts: from the first and a third, or, where neither is standard TP, from two others.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def table(saved: Sequence[Saved]) -> Table:
             counted.append(judged(pair))
     groups: dict[str, list[Judged]] = defaultdict(list)
     for item in counted:
-        second = item.pair.second
-        groups[f"{second.transcript.dtype}, {second.model}, {second.mode}"].append(item)
+        first, second = item.pair.first, item.pair.second
+        groups[f"{second.transcript.dtype}, {second.model}, {first.mode} : {second.mode}"].append(item)
     as_run = [item for item in counted if not item.pair.first.forced]
     servers = {saved.path.parent for item in as_run for saved in (item.pair.first, item.pair.second)}
     return Table(
@@ -153,7 +153,7 @@ def told(made: Table) -> str:
         *_shares(made.as_run),
     ]
     stated = " | ".join(f"at {rate:.2%}" for rate in RATES)
-    lines += ["", f"| dtype, model, mode | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]
+    lines += ["", f"| dtype, model, modes | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]
     lines += [f"| {group.name} | {group.n} | {' | '.join(map(str, group.alarms))} |" for group in made.groups]
     rare = [alarm for alarm in made.alarms if alarm.rate <= LISTED]
     if rare:

@@ -11,7 +11,8 @@ from harness.oracle.saved import Saved, pairs
 
 
 class Clean(NamedTuple):
-    """`first` is standard TP; `band` was measured from it and another standard TP that is not `second`."""
+    """Two right servers. `band` was measured on the same prompts from standard TP: from `first` and another where
+    `first` is standard TP, else from two others; never from `second`."""
 
     first: Saved
     second: Saved
@@ -25,21 +26,27 @@ class Clean(NamedTuple):
 
 
 def clean_comparisons(saved: Sequence[Saved]) -> Iterator[Clean]:
-    """Every two transcripts with the same tokens, the first of standard TP; two of standard TP once."""
+    """Every two transcripts with the same tokens, once."""
     all_pairs = list(pairs(saved))
     partners: dict[str, list[Saved]] = defaultdict(list)
+    leads: dict[str, Saved] = {}  # of what is not standard TP: the standard TP that a run would compare it with
     for first, second in all_pairs:
-        if second.mode == "standard-tp":
+        if first.standard and second.standard:
             partners[first.key].append(second)
+        elif first.standard and (second.key not in leads or not first.forced):
+            leads[second.key] = first
     bands: dict[tuple[str, str], Band | None] = {}
     for first, second in all_pairs:
-        twice = second.mode == "standard-tp" and second.key < first.key
-        partner = next((other for other in _nulls(first, partners[first.key]) if other.key != second.key), None)
-        if partner is None or twice:
+        lead = first if first.standard else leads.get(first.key)
+        twice = first.standard and second.standard and second.key < first.key
+        if lead is None or twice:
             continue
-        if (first.key, partner.key) not in bands:
-            bands[first.key, partner.key] = _band(first, partner)
-        band = bands[first.key, partner.key]
+        partner = next((other for other in _nulls(lead, partners[lead.key]) if other.key != second.key), None)
+        if partner is None:
+            continue
+        if (lead.key, partner.key) not in bands:
+            bands[lead.key, partner.key] = _band(lead, partner)
+        band = bands[lead.key, partner.key]
         if band is not None:
             yield Clean(first, second, compare(first.transcript, second.transcript), band)
 

@@ -1,6 +1,7 @@
 """Saved transcripts of runs: found, named and paired."""
 
 from collections.abc import Iterable, Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,10 @@ class Saved(NamedTuple):
         return int(self.transcript.cell_id.split("/")[4].partition("-")[0].removeprefix("tp"))
 
     @property
+    def standard(self) -> bool:
+        return self.mode == "standard-tp"
+
+    @property
     def forced(self) -> bool:
         """Its tokens were imposed."""
         return any(answer.forced for answer in self.transcript.answers)
@@ -54,24 +59,21 @@ def find(folders: Iterable[Path]) -> list[Saved]:
 
 
 def pairs(saved: Iterable[Saved]) -> Iterator[tuple[Saved, Saved]]:
-    """(baseline, candidate) of every two that can be compared: same model, dtype and prompts, the first standard TP.
+    """(first, second) of every two that can be compared: same model, dtype, prompts and, where imposed, tokens.
 
-    A candidate that was made to follow is paired with those that hold the same tokens: the one that it followed, and
-    what else was made to follow that.
+    First is standard TP where one of them is; two of standard TP come both ways, two of other modes once.
     """
-    saved = list(saved)
-    for first in saved:
-        if first.mode != "standard-tp" or first.fault:
+    saved = [item for item in saved if not item.fault]
+    for first, second in permutations(saved, 2):
+        a, b = first.transcript, second.transcript
+        if (a.workload_key, a.dtype, first.model) != (b.workload_key, b.dtype, second.model):
             continue
-        for second in saved:
-            a, b = first.transcript, second.transcript
-            same = (a.workload_key, a.dtype, first.model) == (b.workload_key, b.dtype, second.model)
-            if first is second or not same:
-                continue
-            if not second.forced or _same_tokens(b, a):
-                yield first, second
+        if not first.standard and (second.standard or second.key < first.key):
+            continue
+        if not (first.forced or second.forced) or _same_tokens(a, b):
+            yield first, second
 
 
-def _same_tokens(candidate: Transcript, baseline: Transcript) -> bool:
+def _same_tokens(baseline: Transcript, candidate: Transcript) -> bool:
     tokens = {answer.prompt: [step.token_id for step in answer.steps] for answer in baseline.answers}
     return all(tokens.get(answer.prompt) == [step.token_id for step in answer.steps] for answer in candidate.answers)

@@ -26,11 +26,11 @@ def measured(saved: Sequence[Saved]) -> list[Band]:
     """One band a dtype and kind of model; its rows and curve, which belong to one workload, are left out."""
     pools: dict[tuple[str, str], list[NullPair]] = defaultdict(list)
     for first, second in pairs(saved):
-        if first.mode == second.mode == "standard-tp" and first.tp > second.tp == 1:
+        if first.standard and second.standard and first.tp > second.tp == 1:
             pools[_kind(first)].append(NullPair("tp size", first.transcript, second.transcript))
     clean: dict[tuple[str, str], list[Clean]] = defaultdict(list)
     for pair in clean_comparisons(saved):
-        if pair.second.mode == "standard-tp" and not pair.identical:
+        if pair.second.standard and not pair.identical:
             clean[_kind(pair.first)].append(pair)
     spreads = {kind: spread for kind, some in clean.items() if (spread := spread_among(some)) is not None}
     bands = []

@@ -87,7 +87,9 @@ def test_alarms_are_counted_at_every_rate(folder):
     # those with TP1 are judged by the band of TP2.
     assert made.starts == 5 and {rate.n for rate in made.as_run} == {12}
     groups = {group.name: group.n for group in made.groups}
-    assert groups == {"float32, llama-k4, helix-gqa": 8, "float32, llama-k4, standard-tp": 10}
+    assert groups == {
+        "float32, llama-k4, standard-tp : helix-gqa": 8, "float32, llama-k4, standard-tp : standard-tp": 10,
+    }  # fmt: skip
     assert "18 comparisons of 12 transcripts" in told(made)
 
 
@@ -98,8 +100,9 @@ def test_a_wrong_server_among_them_is_an_alarm(folder, capsys):
             folder / "broken" / f"set-{index}.json"
         )
     made = table(clean(folder))
-    assert made.rates[-1].alarms == 8
-    assert {alarm.candidate for alarm in made.alarms if alarm.rate == RATES[-1]} == {name("helix-gqa", "tp4-dcp4")}
+    assert made.rates[-1].alarms == 10  # with each of four of standard TP and with Helix, in two sets
+    rare = [alarm for alarm in made.alarms if alarm.rate == RATES[-1]]
+    assert all(name("helix-gqa", "tp4-dcp4") in (alarm.baseline, alarm.candidate) for alarm in rare)
     assert main([str(folder), "--json", str(folder / "table.out")]) == 0
     assert type(made).model_validate_json((folder / "table.out").read_text()) == made
     assert "Alarms at 1% and below:" in capsys.readouterr().out
