@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from harness import ledger
 from harness.frozen import Frozen, content_hash
 from harness.report.run import Run, load
-from harness.report.table import tabulate
+from harness.report.table import COLUMNS, tabulate
 
 NAME = "results.parquet"
 SCHEMA = 1
@@ -110,12 +110,14 @@ def stored(run_dir: Path) -> Stored:
 
 
 def _header(file: Path) -> Header | None:
+    """None where the file cannot be read or another version wrote it, with other columns."""
     try:
-        metadata = pq.read_metadata(file).metadata or {}
+        with pq.ParquetFile(file) as found:
+            names, metadata = set(found.schema_arrow.names), found.schema_arrow.metadata or {}
         header = Header.model_validate_json(metadata[_KEY])
     except (OSError, pa.ArrowException, KeyError, ValidationError):
         return None
-    return header if header.schema_version == SCHEMA else None
+    return header if header.schema_version == SCHEMA and names.issuperset(COLUMNS) else None
 
 
 def _write(file: Path, content: bytes) -> Path:

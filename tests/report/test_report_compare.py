@@ -3,6 +3,7 @@
 import json
 
 import examples
+import pyarrow.parquet as pq
 import pytest
 
 from harness import cli, report
@@ -130,6 +131,9 @@ def test_a_parquet_file_of_another_ledger_is_drawn_again(tmp_path):
     assert compare(again, again).same == 1
     (folder / "results.parquet").write_bytes(b"PAR1 torn")
     assert stored(folder).header == again.header
+    older = pq.read_table(folder / "results.parquet").drop_columns(["nearness"])
+    pq.write_table(older, folder / "results.parquet")
+    assert compare(stored(folder), stored(folder)).same == 1
 
 
 def test_the_command_prints_ranked_movers_and_returns_1_when_worse(tmp_path, capsys):

@@ -59,6 +59,22 @@ def test_attempts_of_a_cell_are_told_in_order(tmp_path):
     assert "2026-11-24 03:12:00 · out of memory</span> said 1" in page
 
 
+def test_a_whole_log_is_inside_where_it_is_small_and_linked_always(tmp_path):
+    small, large = examples.results()[:2]
+    folder = examples.write_ledger(tmp_path, [small, large])
+    noise = "".join(f"{number * 7919 % 1_000_003:x} " for number in range(60_000))
+    for one, text in ((small, "the very first line\n" * 30), (large, f"the very first line\n{noise}")):
+        place = folder / "cells" / f"a=b__{one.cell.key[:8]}"
+        place.mkdir(parents=True)
+        (place / "server.log").write_text(text)
+    page = report.write(folder).read_text()
+    bodies = [page.partition(f'data-id="{one.cell.id}"')[2].partition("</details>")[0] for one in (small, large)]
+    for one, body in zip((small, large), bodies, strict=True):
+        assert f'<a href="cells/a%3Db__{one.cell.key[:8]}/server.log">the whole file</a>' in body
+    assert "Show all 30 lines" in bodies[0]
+    assert "Show all 40 lines" in bodies[1]  # the recorded tail
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
