@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 
 from helix_runtime.attention import ReferenceAttention
 from helix_runtime.combine import COMBINES, DIST, all_to_all_combine, merge_partials
+from helix_runtime.overlap import ThreadLanes, micro_batches, overlapped
 from helix_runtime.sharding import local_lengths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "attention"))
@@ -129,6 +131,28 @@ def check_faults_show(group, members, me):
         assert torch.equal(wrong, right) == untouched, f"{name} on rank {me}"
 
 
+def check_overlapped(group, members, me):
+    """Micro-batches whose exchanges run in a thread beside the next attention: the bits of the exchange of the whole.
+
+    A rank's attention takes its own time, so that ranks are at different micro-batches when an exchange begins.
+    """
+    outputs, lses = random_partials(21, members, 7, members * 2, 16, torch.float32, 0.2)
+    whole = all_to_all_combine(outputs[me], lses[me], group)
+    lanes, merged = ThreadLanes(), torch.full_like(whole, float("nan"))
+
+    def attend(index, part):
+        time.sleep(0.002 * ((me + index) % 3))
+        return outputs[me, part], lses[me, part]
+
+    def exchange(index, part, partial):
+        merged[part] = all_to_all_combine(*partial, group)
+
+    for count in (2, 3, 7):
+        merged.fill_(float("nan"))
+        overlapped(micro_batches(7, count), attend, exchange, lanes)
+        assert torch.equal(merged, whole), count
+
+
 def check_refusals(group, members):
     for combine in COMBINES.values():
         for output, lse, rule in (
@@ -161,6 +185,7 @@ def rank_main(rank, world, folder):
     check_random_shapes(dist.group.WORLD, world, rank, cases=40)
     check_attention(dist.group.WORLD, world, rank, cases=10)
     check_faults_show(dist.group.WORLD, world, rank)
+    check_overlapped(dist.group.WORLD, world, rank)
     check_refusals(dist.group.WORLD, world)
     # KVP groups are parts of a world: consecutive ranks, and (for the order of members) every second rank.
     halves = [list(range(world // 2)), list(range(world // 2, world))]
