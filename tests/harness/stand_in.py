@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-TOOLS = ("sh", "env", "mkdir", "chmod", "rm", "cat", "ls", "sleep", "id", "true")
+TOOLS = ("sh", "lscpu", "uname", "env", "mkdir", "chmod", "rm", "cat", "ls", "sleep", "id", "true")
 LIBRARIES = ("libnuma.so.1", "libgomp.so.1", "libnss_files.so.2", "libssl.so.3", "libcrypto.so.3", "libgcc_s.so.1")
 HOME = "opt/python"
 #: Large, and not needed to serve on a CPU.

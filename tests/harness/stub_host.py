@@ -39,11 +39,16 @@ STAGES = {
 }
 
 
-def cell(tp: int) -> Cell:
-    """A reference: it passes when it answers all."""
+def cell(number: int) -> Cell:
+    """A reference: it passes when it answers all. Of TP `number` up to 8, from there on with that seed."""
     return Cell(
-        mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=tp, workload="smoke"
-    )
+        mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=min(number, 8),
+        serve=(("seed", number),) if number > 8 else (), workload="smoke",
+    )  # fmt: skip
+
+
+def number_of(cell: Cell) -> int:
+    return int(dict(cell.serve).get("seed", cell.tp))
 
 
 def planned(tp: int) -> PlannedCell:
@@ -51,14 +56,14 @@ def planned(tp: int) -> PlannedCell:
 
 
 class Stubs(Processes):
-    """Each cell's server is the stub; behaviours by TP, one a start, the last one again and again."""
+    """Each cell's server is the stub; behaviours by number, one a start, the last one again and again."""
 
     def __init__(self, behaviours: dict[int, list[str]], prefix: tuple[str, ...] = ()):
         self.behaviours = behaviours
         self.prefix = prefix
 
     def launch(self, cell: Cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
-        left = self.behaviours[cell.tp]
+        left = self.behaviours[number_of(cell)]
         behaviour = left.pop(0) if len(left) > 1 else left[0]
         argv = (*self.prefix, sys.executable, str(STUB), behaviour, str(port), f"helix-{folder.name[-8:]}")
         env = {**os.environ, "VLLM_API_KEY": "key", "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
@@ -71,7 +76,7 @@ def play(
     run_dir: Path, behaviours: dict[int, list[str]], jobs: int = 1, resume: bool = False, limits: Limits | None = None,
     room: Room = ROOM, prefix: tuple[str, ...] = (),
 ):  # fmt: skip
-    """Run one cell for each entry of `behaviours`; the results by TP."""
+    """Run one cell for each entry of `behaviours`; the results by number."""
     limits = limits or Limits(start=20, request=5, stop=1)
     executor = LocalExecutor(limits, Stubs(behaviours, prefix), Host(room))
     plan = [planned(tp) for tp in behaviours]
@@ -83,7 +88,7 @@ def play(
         executor=executor,
         progress=lambda line: print(line, flush=True),
     )
-    return {result.cell.tp: result for result in found}
+    return {number_of(result.cell): result for result in found}
 
 
 def die_at(stage: str) -> None:

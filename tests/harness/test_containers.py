@@ -48,7 +48,7 @@ def nothing_left(docker, tmp_path, monkeypatch):
 
 
 def ours(client) -> list[str]:
-    return [made.name for made in client.containers.list(all=True, filters={"label": GUARD_LABEL})]
+    return [made.name for made in client.containers.list(all=True, filters={"label": GUARD_LABEL, "ancestor": BASE})]
 
 
 class Contained(Processes):

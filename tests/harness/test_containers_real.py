@@ -33,7 +33,8 @@ def image():
     with daemon():
         client = connect()
         if "cpu" not in images.current(client):
-            stand_in.make("whole", "helix-stand-in", cli())
+            if not client.images.list("helix-stand-in"):
+                stand_in.make("whole", "helix-stand-in", cli())
             images.build(client, images.make_plan(client, "cpu", "helix-stand-in", arguments=[("APT", "")]))
         yield images.current(client)["cpu"]
         assert client.containers.list(all=True, filters={"label": "helix.guard"}) == []

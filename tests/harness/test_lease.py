@@ -202,7 +202,7 @@ def test_memory_is_the_least_of_host_and_control_groups(tmp_path):
 
 
 def test_a_scheduler_that_waits_is_served_before_later_ones(monkeypatch):
-    """Between two looks of the first, the second never gets what the first waits for; small cells of its own wait too."""
+    """Between two looks of the first, the second never gets what the first waits for; its own small cells wait too."""
     monkeypatch.setattr(leases, "PATIENCE", 0.0)
     first, second = (LocalExecutor(host=Host(Room(cores=4, memory_bytes=64 * GIB))) for _ in range(2))
     running = second.host.take(Need(cores=2))
