@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from helix_runtime import capabilities
 from helix_runtime.planner.measurements import Measurement, read_measurements
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -21,6 +22,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 #: Seconds of one kernel, or of many.
 Seconds = TypeVar("Seconds", float, np.ndarray)
 
+#: Seconds of attention at which backends are compared.
+_TYPICAL = 1e-4
 #: Fewer measurements than this do not make a fit.
 ENOUGH = 4
 #: Band of an assumption, and what is added where a fit is carried over to another GPU: logs of a factor.
@@ -133,8 +136,8 @@ def calibrate(
 ) -> Calibration:
     """The calibration for `gpu` (a key of `hardware.json`): fits where it, or another, was measured, else assumptions.
 
-    `backend`: attention measured with it is preferred; else all backends count alike. `given` replaces what is read
-    from `folder`.
+    `backend`: attention as measured with it, or with the middle one of the measured where it was not; None: all of them
+    alike. `given` replaces what is read from `folder`.
     """
     found = read_measurements(folder) if given is None else None
     every = tuple(found.measurements if found else given)
@@ -169,8 +172,8 @@ def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement
     own = [one for one in every if one.kind == kind and _SERVED.get(kind, one.series) == one.series]
     if kind == "stream":
         own = _fastest(own)
-    elif kind.endswith("attention") and len(mine := [one for one in own if one.series == backend]) >= ENOUGH:
-        own = mine
+    elif kind.endswith("attention"):
+        own = _attention(backend, own)
     here = [one for one in own if one.device == gpu]
     if len(here) >= ENOUGH:
         return fitted(here)
@@ -179,6 +182,20 @@ def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement
     carried = fitted(own)
     source = f"{carried.source}, carried over from {', '.join(sorted({one.device for one in own}))}"
     return replace(carried, band=carried.band + CARRIED_BAND, source=source)
+
+
+def _attention(backend: str | None, measured: Sequence[Measurement]) -> list[Measurement]:
+    """What was measured with `backend`; without that, with the middle one of the measured (of two the slower); all of
+    them where none is asked for. Kernels that are no backend of a server do not count."""
+    served = [one for one in measured if one.series in ("", *capabilities.backends())]
+    if backend is None:
+        return served
+    known = {name: [one for one in served if one.series == name] for name in {one.series for one in served}}
+    known = {name: found for name, found in known.items() if len(found) >= ENOUGH}
+    if backend in known or not known:
+        return known.get(backend, served)
+    ranked = sorted(known.values(), key=lambda found: fit(found).predict(_TYPICAL))
+    return ranked[len(ranked) // 2]
 
 
 def _with_copies(fits: dict[str, Fit]) -> dict[str, Fit]:

@@ -90,6 +90,10 @@ def test_attention_of_the_asked_backend_is_preferred():
     measured = made(series="FLASH_ATTN") + made(series="TRITON_MLA", efficiency=0.2)
     assert calibrate("h200", "TRITON_MLA", given=measured)["attention"].efficiency == pytest.approx(0.2)
     assert calibrate("h200", "FLASH_ATTN", given=measured)["attention"].efficiency == pytest.approx(0.5)
+    unmeasured = calibrate("h200", "FLASHINFER", given=measured)["attention"]
+    assert unmeasured.efficiency == pytest.approx(0.2), "what nobody measured is not preferred"
+    ours = made(series="no backend of vLLM", efficiency=0.9)
+    assert calibrate("h200", given=measured + ours)["attention"] == calibrate("h200", given=measured)["attention"]
 
 
 def test_what_was_not_measured_is_assumed_with_a_wide_band(tmp_path):
