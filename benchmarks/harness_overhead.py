@@ -1,7 +1,7 @@
 """What the harness itself costs: its share of a run's wall time, its memory, and how long it lists many cells.
 
     python benchmarks/harness_overhead.py RUN_DIR …      from ledgers of runs with --jobs 1
-    python benchmarks/harness_overhead.py --list 10000   the time of `--list` over that many cells, in a process of its own
+    python benchmarks/harness_overhead.py --list 10000   the time of `--list` over that many cells, in its own process
 
 A run's own time is what is not in a server's start, its answers or its end: planning, leases, judging, the ledger.
 """

@@ -166,6 +166,7 @@ def main():
         if BEHAVIOUR == "leaks-and-dies":
             os._exit(5)
     print("INFO: GPU KV cache size: 21,824 tokens, with room", flush=True)
+    ThreadingHTTPServer.request_queue_size = 128  # dozens of prompts come at once
     ThreadingHTTPServer((os.environ.get("STUB_BIND", "127.0.0.1"), PORT), Handler).serve_forever()
 
 

@@ -17,7 +17,7 @@ from harness import ledger
 from harness.verdict import Verdict
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(3000)]
-CELLS = 170  # some of them start twice
+CELLS = 160  # some of them start twice
 #: Behaviours and whether their cell passes.
 BEHAVIOURS = {
     "well": True, "slow": True, "stubborn": True, "killed": False, "killed-answering": False, "dies-answering": False,
@@ -43,7 +43,7 @@ def test_nothing_is_left_of_two_hundred_starts(tmp_path, monkeypatch):
         env = {**os.environ, "PYTHONPATH": str(HOST.parent), "OMP_NUM_THREADS": "1"}
         harness = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
         try:
-            harness.wait(chance.uniform(8, 20) if kills < 8 else 2000)
+            harness.wait(chance.uniform(8, 20) if kills < 6 else 2000)
             break
         except subprocess.TimeoutExpired:
             harness.send_signal(signal.SIGKILL)
