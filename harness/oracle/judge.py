@@ -96,7 +96,7 @@ def _curve(found: Comparison, band: Band, rates: Rates) -> tuple[CurvePoint, ...
     if not decode:
         return ()
     null = {point.bin: point for point in band.decode.curve}
-    bound = band.decode.distance.bound(rates.largest, len(decode)) ** 2 / 2
+    bound = band.decode.distance.bound(rates.largest, len(decode), band.spread.cell) ** 2 / 2
     points = []
     for bin_ in sorted({step.bin for step in decode}):
         kls = [min(step.kl, NO_NUMBER) for step in decode if step.bin == bin_]

@@ -65,8 +65,8 @@ def beyond(statistics: Sequence[Statistic]) -> list[Statistic]:
 def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates, rate: float) -> list[Statistic]:
     if not steps:
         return []
-    n, null = len(steps), band.phase(phase == "prefill")
-    widest = null.change.bound(rates.largest, n)
+    n, null, spread = len(steps), band.phase(phase == "prefill"), band.spread.cell
+    widest = null.change.bound(rates.largest, n, spread)
     lost = [step for step in steps if not step.same_best and not step.margin <= 2 * widest]
     said = "; ".join(f"{step.prompt} step {step.step}, margin {step.margin:.2g}" for step in lost[:3])
     said = said or f"counted beyond a margin of {2 * widest:.2g} nat"
@@ -79,12 +79,12 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
     return [
         of(
             "largest logprob change",
-            max(step.widest for step in steps), widest, "nat", null=null.change.bound(POINT, n),
+            max(step.widest for step in steps), widest, "nat", null=null.change.bound(POINT, n, spread),
         ),
         of(
             "largest KL of the top tokens",
-            max(step.kl for step in steps), null.distance.bound(rates.largest, n) ** 2 / 2, "nat",
-            null=null.distance.bound(POINT, n) ** 2 / 2,
+            max(step.kl for step in steps), null.distance.bound(rates.largest, n, spread) ** 2 / 2, "nat",
+            null=null.distance.bound(POINT, n, spread) ** 2 / 2,
         ),
         of("best token lost despite its margin", len(lost), 0, "steps", note=said),
         _loudness(phase, steps, band, rate, group=False),

@@ -113,9 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = SHIPPED / f"{band.dtype}-{band.model.removeprefix('kind ')}.json"
         band.save(path)
         change, spread = band.decode.change, band.spread
+        point = change.bound(1e-3, 1000, spread.cell)
         print(
             f"{path.name}: {len(band.sources)} pairs, {band.decode.n} decode steps; 99.9 % point of a step "
-            f"{change.point(1e-3):.2g} nat, of the largest of 1,000 {change.bound(1e-3, 1000):.2g} nat; shapes "
+            f"{change.point(1e-3):.2g} nat, of the largest of 1,000 {point:.2g} nat; shapes "
             f"{band.shapes.change:.2f} and {band.shapes.distance:.2f}; spread of loudness {spread.cell:.2f}, of groups "
             f"{spread.group:.2f}, degrees of freedom {spread.degrees}"
         )

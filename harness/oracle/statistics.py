@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from harness.frozen import Frozen
 
 TAIL_SHARE = 0.1  # of the null's values lie above the tail's threshold
+NODES = 40  # of the quadrature over loudness
 LEAST_EXCEEDANCES = 5  # fewer say nothing about a tail
 
 
@@ -29,28 +30,51 @@ class Tail(Frozen):
     shape: float
     n: int
 
-    def point(self, rate: float) -> float:
-        """The value that one null step exceeds with probability `rate`, the tail's own uncertainty included.
+    @property
+    def _law(self) -> tuple[float, float]:
+        """(shape, scale) of an exceedance, the tail's own uncertainty included.
 
         If exceedances are exponential, with a mean estimated from m of them, the next one is Lomax with index m (the
         predictive distribution): a generalised Pareto with shape 1/m. So 1/m is added to the shape, and a null of few
-        steps gives a wide band.
+        steps gives a wide band. A generalised Pareto with mean e has scale e (1 - shape).
         """
-        if rate >= self.share:
+        return self.shape + 1.0 / max(1.0, self.share * self.n), self.excess * (1.0 - self.shape)
+
+    def point(self, rate: float) -> float:
+        """The value that one null step exceeds with probability `rate`."""
+        shape, scale = self._law
+        if rate >= self.share or scale <= 0:
             return self.threshold
-        shape = self.shape + 1.0 / max(1.0, self.share * self.n)
-        log = math.log(self.share / rate)
-        far = math.expm1(shape * log) / shape if abs(shape) > 1e-12 else log
-        # A generalised Pareto with mean e has scale e (1 - shape).
-        return self.threshold + self.excess * (1.0 - self.shape) * far
+        return self.threshold + float(stats.genpareto.isf(rate / self.share, shape, scale=scale))
+
+    def beyond(self, value: np.ndarray) -> np.ndarray:
+        """The probability that one null step exceeds `value`; at most `share`, nothing is known below the threshold."""
+        shape, scale = self._law
+        if scale <= 0:
+            return np.where(value < self.threshold, self.share, 0.0)
+        return self.share * stats.genpareto.sf(value - self.threshold, shape, scale=scale)
 
     def scaled(self, factor: float) -> "Tail":
         """The tail of the same values, each times `factor`."""
         return self.model_copy(update={"threshold": self.threshold * factor, "excess": self.excess * factor})
 
-    def bound(self, rate: float, steps: int) -> float:
-        """The value that the largest of `steps` null steps exceeds with probability at most `rate`."""
-        return self.point(rate / max(1, steps))
+    def bound(self, rate: float, steps: int, spread: float = 0.0) -> float:
+        """The value that the largest of `steps` null steps exceeds with probability at most `rate`.
+
+        `spread`: standard deviation of the logarithm of how loud two right servers are as a whole, over which the
+        probability is averaged (normal, Gauss-Hermite).
+        """
+        plain = self.point(rate / max(1, steps))
+        if spread <= 0 or self.excess <= 0:
+            return plain
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        louder, weights = np.exp(spread * nodes), weights / weights.sum()
+
+        def excess_rate(value: float) -> float:
+            return float(weights @ np.minimum(1.0, steps * self.beyond(value / louder))) - rate
+
+        wide = plain * math.exp(spread * float(nodes[-1]))
+        return float(optimize.brentq(excess_rate, plain, wide)) if excess_rate(plain) > 0 else plain
 
 
 def fit_tail(values: Sequence[float], shape: float = 0.0, share: float = TAIL_SHARE) -> Tail:

@@ -40,6 +40,24 @@ def test_a_tail_is_scipys_generalised_pareto(shape):
         assert tail.point(rate) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_spread_of_loudness_widens_a_bound_as_a_simulation_says():
+    # A million right servers, each louder or quieter by exp(0.1 z), the largest of 50 steps of each.
+    random = np.random.Generator(np.random.PCG64(11))
+    louder = np.exp(0.1 * random.standard_normal(10**6))
+    # Largest of 50 exponential tails: all 50 stay below x with probability (1 - share · exp(...)) ** 50.
+    largest = 2.0 - 0.5 * np.log((1 - random.random(10**6) ** (1 / 50)) / 0.1)
+    wanted = np.quantile(louder * largest, 1 - 1e-3)
+    assert KNOWN.bound(1e-3, 50, 0.1) == pytest.approx(wanted, rel=0.01)
+    assert KNOWN.bound(1e-3, 50, 0.1) > 1.04 * KNOWN.bound(1e-3, 50)
+    assert KNOWN.bound(1e-3, 50, 0.0) == KNOWN.bound(1e-3, 50)
+
+
+def test_what_lies_beyond_a_point_is_its_rate():
+    for rate in (0.05, 1e-3, 1e-6):
+        assert KNOWN.beyond(np.array([KNOWN.point(rate)])) == pytest.approx([rate])
+    assert KNOWN.beyond(np.array([0.0, 2.0])) == pytest.approx([0.1, 0.1])
+
+
 @pytest.mark.parametrize("shape", [-0.2, 0.0, 0.25])
 def test_a_shape_is_found_across_samples_of_different_size(shape):
     random = np.random.Generator(np.random.PCG64(5))
