@@ -1,7 +1,7 @@
 """pytest as a front of the scheduler: each cell of a suite file is a test, `pytest suites/smoke.yaml -k tp4 -n 2`.
 
-A test runs its cell through the same runner, after what it is compared with; processes of pytest-xdist share the host by
-the same leases as harnesses do. Each of them has a folder in `reports/runs`, in which a baseline is run once.
+A test runs its cell through the same runner, after what it is compared with; processes of pytest-xdist share the host
+by the same leases as harnesses do. Each of them has a folder in `reports/runs`, in which a baseline is run once.
 """
 
 import os

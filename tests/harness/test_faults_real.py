@@ -233,3 +233,41 @@ def test_a_second_harness_is_kept_out_of_a_run(tmp_path):
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=60)
     assert second.returncode == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 1 MiB; only root may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def smoke(run_dir: Path, *more: str) -> subprocess.CompletedProcess:
+    """The real command line, on cells that are all refused at once or skipped: no server is waited for."""
+    command = [sys.executable, "-m", "harness", *more, "--run-dir", str(run_dir)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=HOST.parents[2])
+
+
+def test_a_full_disk_ends_a_run_with_what_is_kept_and_how_to_go_on(small_disk):
+    (small_disk / "filler").write_bytes(b"x" * (2**20 - 3 * 4096))
+    done = smoke(small_disk / "run", "--suite", "helix-mla", "--cell", "hopper/*")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr and "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    events, warnings = ledger.read(small_disk / "run" / ledger.NAME)
+    assert warnings == [] and all(event["event"] for event in events)
+    (small_disk / "filler").unlink()
+    again = [sys.executable, "-m", "harness", "--resume", str(small_disk / "run")]
+    resumed = subprocess.run(again, capture_output=True, text=True, timeout=100, cwd=HOST.parents[2])
+    assert resumed.returncode in (0, 2), resumed.stderr  # 2: not even the first line was written
+
+
+def test_a_read_only_folder_is_refused_before_anything_starts(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = smoke(small_disk / "run", "--suite", "smoke")
+    assert done.returncode == 2
+    assert f"cannot write into {small_disk}/run: Read-only file system; name another folder" in done.stderr
