@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness import listing, pytest_front
 from harness.chosen import find_run, read_chosen
@@ -20,6 +20,9 @@ from harness.run import RUNS, run
 from harness.shard import Shard, cut, known_seconds, parse
 from harness.suite import Family, Suite, load_all
 from harness.yaml_file import SuiteError
+
+if TYPE_CHECKING:
+    from harness.executors.ray import RayExecutor
 
 USAGE = 2
 EXAMPLES = """\
@@ -34,6 +37,7 @@ examples:
   ./test_helix.sh --all --hardware hopper --dry-run      what a Hopper host would run
   ./test_helix.sh --all --share-gpu                      … on a host with one GPU
   ./test_helix.sh --resume                               what the last run, cut off, did not finish
+  ./test_helix.sh --all --executor ray --address H:6379  on the hosts of a Ray cluster
   ./test_helix.sh --all --shard 2/3                      the second of three hosts' parts
   ./test_helix.sh merge DIR DIR                          several runs as one report
   ./test_helix.sh doctor                                 what this host can run, and what it lacks
@@ -75,7 +79,22 @@ class Request:
 
     @cached_property
     def hardware(self) -> list[Hardware]:
-        return choose(self.options.hardware, self._found())
+        found = self.cluster.hardware if self.cluster else self._found()
+        return choose(self.options.hardware, found)
+
+    @cached_property
+    def cluster(self) -> "RayExecutor | None":
+        """The Ray cluster that `--executor ray` names, asked now what it has. UsageError where there is none."""
+        if self.options.executor != "ray":
+            return None
+        try:
+            from harness.executors.ray import ClusterError, RayExecutor
+        except ImportError:
+            raise UsageError("--executor ray needs the extra: pip install 'helix-parallel[ray]'") from None
+        try:
+            return RayExecutor(self.options.address, "docker" if self.options.runtime == "docker" else "process")
+        except ClusterError as problem:
+            raise UsageError(str(problem)) from None
 
     @cached_property
     def suites(self) -> list[Suite]:
@@ -173,6 +192,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="cells that run at the same time, as far as the host has room (default 2 where all run on CPU, else 1)",
     )
+    how.add_argument("--executor", choices=("local", "ray"), default="local", help="this host, or a Ray cluster")
+    how.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster (default: the one this host is in)")
     how.add_argument("--runtime", choices=("auto", "process", "docker"), default="auto", help="where servers run")
     how.add_argument(
         "--share-gpu", action="store_true", help="all ranks of a GPU cell on one GPU: for validation, not for speed"
@@ -235,6 +256,8 @@ def _check(options: argparse.Namespace) -> None:
         }  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"--resume runs what that run was asked for; leave out {', '.join(given)}")
+    if options.address and options.executor != "ray":
+        raise UsageError("--address goes with --executor ray")
     if options.format != "text" and not (options.list or options.dry_run):
         raise UsageError("--format goes with --list and --dry-run; a run writes results.json into its folder")
 

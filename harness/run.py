@@ -20,6 +20,7 @@ from harness.verdict import TABLE, Effect, Verdict, exit_status
 
 if TYPE_CHECKING:
     from harness.cli import Request
+    from harness.executors.ray import RayExecutor
     from harness.progress import Progress
 
 REPORTS = ROOT / "reports"
@@ -56,20 +57,26 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     from harness.cli import UsageError
 
     options, plan = request.options, request.plan
-    runtime, why = choose_runtime(options.runtime, request.hardware)
+    if request.cluster:  # its hosts have said that they can
+        runtime, why = request.cluster.runtime, "on the hosts of the cluster"
+    else:
+        runtime, why = choose_runtime(options.runtime, request.hardware)
     assumed = [device.family for device in request.hardware if not device.detected]
     if assumed:
         raise UsageError(f"--hardware {','.join(assumed)}: not on this host, so it goes with --list and --dry-run only")
     resume = options.resume is not None
     run_dir = Path(options.run_dir) if resume else make_run_dir(options.run_dir, plan)
     skipped = sum(item.skip is not None for item in plan)
-    jobs = options.jobs or usual_jobs(plan)
+    cluster = request.cluster
+    jobs = options.jobs or (cluster.width if cluster else usual_jobs(plan))
     print(f"hardware: {' and '.join(str(device) for device in request.hardware)}")
     print(f"runtime: {runtime} ({why})")
     print(
         f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {jobs}"
         + (f"; shard {options.shard} of {len(request.whole)} cells" if options.shard else "")
     )
+    if cluster:
+        print(f"executor: ray, {len(cluster.probes)} hosts")
     print(f"folder: {shown(run_dir)}", flush=True)
 
     runner = runner or _runner()
@@ -79,7 +86,7 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
         with _progress(run_dir, plan, jobs) as progress:
             results = runner(
                 plan, run_dir=run_dir, jobs=jobs, runtime=runtime, progress=progress, repeat=options.repeat,
-                resume=resume, chosen=chosen.model_dump(mode="json"),
+                resume=resume, chosen=chosen.model_dump(mode="json"), **(_of_cluster(cluster) if cluster else {}),
             )  # fmt: skip
     except LedgerBusy as error:
         raise UsageError(f"{error}; wait for it, or end it") from error
@@ -227,6 +234,12 @@ def _runner() -> Runner:
         return results
 
     return run_and_measure_models
+
+
+def _of_cluster(cluster: "RayExecutor") -> dict:
+    """What the runner is told of hosts that are not this one."""
+    hardware = [str(device) for device in cluster.hardware]
+    return {"executor": cluster, "hardware": hardware, "found_versions": cluster.versions}
 
 
 def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:

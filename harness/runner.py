@@ -63,19 +63,23 @@ def run(
     repeat: int = 1,
     resume: bool = False,
     chosen: dict | None = None,
+    hardware: Sequence[str] | None = None,
+    found_versions: tuple[tuple[str, str], ...] | None = None,
 ) -> list[CellResult]:
     """Run `plan` with at most `jobs` servers at a time; one result a cell, in the plan's order, each in the ledger.
 
     `localise`: run a cell that failed once more, with capture on, to tell where it goes wrong. `repeat`: judge every
     cell this often; attempts that disagree are `flaky`. `resume`: keep what the ledger in `run_dir` holds and still
-    counts. `chosen`: what selects these cells again, for the ledger.
+    counts. `chosen`: what selects these cells again, for the ledger. `hardware` and `found_versions`: of the hosts
+    where `executor` runs servers, if these are others.
 
     Ctrl-C stops what runs and raises KeyboardInterrupt after all servers are gone; a second one kills them. What was
     interrupted has no result. ValueError for an unknown runtime, LedgerBusy while another harness writes this run.
     """
-    place = make_place(runtime)
+    elsewhere = found_versions is not None
+    place = make_place("process" if elsewhere else runtime)
     executor = executor or LocalExecutor(place=place)
-    made = _Run(plan, Path(run_dir), jobs, progress, executor, localise, repeat, place)
+    made = _Run(plan, Path(run_dir), jobs, progress, executor, localise, repeat, place, hardware, found_versions)
     with made.ledger.alone():
         return made.run(resume, chosen)
 
@@ -91,6 +95,8 @@ class _Run:
         localise: bool,
         repeat: int,
         place: Place,
+        hardware: Sequence[str] | None = None,
+        found_versions: tuple[tuple[str, str], ...] | None = None,
     ):
         self.plan = list(plan)
         self.localise = localise
@@ -100,8 +106,8 @@ class _Run:
         self.progress = progress
         self.executor = executor
         self.ledger = Ledger(run_dir)
-        self.hardware = [str(device) for device in detect()]
-        self.versions = tuple({**dict(versions()), **place.versions}.items())
+        self.hardware = list(hardware) if hardware is not None else [str(device) for device in detect()]
+        self.versions = found_versions or tuple({**dict(versions()), **place.versions}.items())
         self.results: dict[str, CellResult] = {}
         self.references: dict[str, Transcript | None] = {}  # of finished baselines, by key; None: it failed
         self.bands = Bands(run_dir / "bands")
