@@ -10,7 +10,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 
 class Interval(Frozen):
-    """A mean over `n` rounds and its 95 % interval (Student's t); both ends are None for a single round."""
+    """A geometric mean over `n` rounds and its 95 % interval (Student's t); both ends are None for a single round."""
 
     value: float
     low: float | None
@@ -80,15 +80,17 @@ class BenchResult(Frozen):
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval. ValueError for no values."""
+    """Geometric mean and 95 % interval, so that no time is below zero; the plain ones where a value is not above 0.
+
+    ValueError for no values.
+    """
     if not values:
         raise ValueError("no rounds")
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return Interval(value=mean, low=None, high=None, n=1)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    half = _T[min(n - 2, len(_T) - 1)] * deviation / math.sqrt(n)
-    return Interval(value=mean, low=mean - half, high=mean + half, n=n)
+    if min(values) <= 0:
+        return _student(values)
+    logs = _student([math.log(value) for value in values])
+    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    return Interval(value=math.exp(logs.value), low=low, high=high, n=logs.n)
 
 
 def ratio(cell: Sequence[float], baseline: Sequence[float]) -> Interval | None:
@@ -96,6 +98,13 @@ def ratio(cell: Sequence[float], baseline: Sequence[float]) -> Interval | None:
     pairs = list(zip(cell, baseline, strict=True))
     if not pairs or any(ours <= 0 or theirs <= 0 for ours, theirs in pairs):
         return None
-    logs = interval([math.log(ours / theirs) for ours, theirs in pairs])
-    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    return Interval(value=math.exp(logs.value), low=low, high=high, n=logs.n)
+    return interval([ours / theirs for ours, theirs in pairs])
+
+
+def _student(values: Sequence[float]) -> Interval:
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return Interval(value=mean, low=None, high=None, n=1)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    half = _T[min(n - 2, len(_T) - 1)] * deviation / math.sqrt(n)
+    return Interval(value=mean, low=mean - half, high=mean + half, n=n)

@@ -243,12 +243,15 @@ def test_a_torn_round_is_no_round(tmp_path):
 
 
 def test_intervals_are_students():
-    """Mean 2, deviation 1, three rounds: 4.303 / sqrt(3) to each side."""
-    found = interval([1.0, 2.0, 3.0])
-    assert (found.value, found.n) == (2.0, 3) and found.high == pytest.approx(2 + 4.303 / math.sqrt(3))
-    assert interval([5.0]).low is None
-    wide = interval([1.0, 2.0] * 20)
-    assert wide.high - wide.value == pytest.approx(2.131 * 0.50637 / math.sqrt(40), rel=1e-3)
+    """Logs with mean 2, deviation 1, three rounds: 4.303 / sqrt(3) to each side."""
+    found = interval([math.e, math.e**2, math.e**3])
+    assert found.n == 3 and found.value == pytest.approx(math.e**2)
+    assert math.log(found.high) == pytest.approx(2 + 4.303 / math.sqrt(3)) and found.low > 0
+    assert interval([5.0]).low is None and interval([5.0]).value == pytest.approx(5)
+    plain = interval([0.0, 1.0, 2.0])
+    assert plain.value == 1 and plain.low == pytest.approx(1 - 4.303 / math.sqrt(3)), "no logs of zero"
+    wide = interval([1.0, math.e] * 20)
+    assert math.log(wide.high) - 0.5 == pytest.approx(2.131 * 0.50637 / math.sqrt(40), rel=1e-3)
 
 
 def test_ratios_are_paired_by_round():
@@ -275,7 +278,9 @@ def test_a_result_has_every_metric_with_its_interval(tmp_path):
     assert found.kv_ratio == 2.0 == found.promised and found.side_by_side
     metrics = {metric.name: metric for metric in found.loads[0].metrics}
     assert {"TTFT p50", "ITL p50", "ITL p95", "ITL p99", "output", "goodput"} <= set(metrics)
-    assert metrics["ITL p50"].cell.value == 8.5 and metrics["ITL p50"].baseline.value == 10
+    assert metrics["ITL p50"].cell.value == pytest.approx(math.sqrt(72)) and metrics[
+        "ITL p50"
+    ].baseline.value == pytest.approx(10)
     assert metrics["ITL p50"].ratio.value == pytest.approx(math.sqrt(0.8 * 0.9))
     assert metrics["ITL p50"].ratio.low < 0.85 < metrics["ITL p50"].ratio.high
     listed = {statistic.name: statistic for statistic in statistics(found)}
@@ -400,5 +405,5 @@ def test_the_report_shows_predicted_beside_measured(tmp_path):
     ledger.result(made, "key")
     ledger.run_end()
     page = write(tmp_path / "run").read_text()
-    for shown in ("Predicted and measured", "KV tokens against the baseline", "ITL p99, ms", "no prediction on a CPU"):
+    for shown in ("Predicted and measured", "KV tokens against the baseline", "ITL p99", "no prediction on a CPU"):
         assert shown in page, shown
