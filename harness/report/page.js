@@ -56,27 +56,38 @@
     body.insertAdjacentHTML("beforeend", await unpacked(base64)); // escaped when it was written
   }
 
-  // What must be written to show what fits. A group without a match is hidden as a whole, and its cells are left as
-  // they are until it comes back.
+  // Writes what the filter found, and says how many rows each step shows: hiding is cheap and done before the first
+  // of them, so that no row stands there wrongly. A group without a match is hidden as a whole, and its cells are left
+  // as they are until it comes back.
   function* changes() {
+    const live = [];
     for (const group of sorted ? [{ element: flat, cells }] : groups) {
-      const any = group.cells.some((cell) => cell.shown);
-      if (group.element.hidden === any) group.element.hidden = !any;
-      if (!any) continue;
-      for (const cell of group.cells)
-        if (cell.element.hidden === cell.shown) {
-          cell.element.hidden = !cell.shown;
-          yield;
-        }
+      if (!group.cells.some((cell) => cell.shown)) group.element.hidden = true;
+      else live.push(group);
+    }
+    for (const group of live)
+      for (const cell of group.cells) if (!cell.shown && !cell.element.hidden) cell.element.hidden = true;
+    for (const group of live) {
+      const back = group.element.hidden;
+      let count = 0;
+      for (const cell of group.cells) {
+        if (cell.shown) count += 1;
+        if (!cell.shown || !cell.element.hidden) continue;
+        cell.element.hidden = false;
+        if (!back) yield 1;
+      }
+      if (!back) continue;
+      group.element.hidden = false;
+      yield count;
     }
   }
 
   // In pages of many thousand cells the first rows are right at once, and those far below a moment later.
   function write(steps) {
-    let done = false;
-    for (let n = 0; n < 1000 && !done; n++) done = steps.next().done;
-    list.ariaBusy = done ? null : "true";
-    if (!done) later = setTimeout(write, 0, steps);
+    let step = steps.next();
+    for (let rows = 0; !step.done && (rows += step.value) < 1000; ) step = steps.next();
+    list.ariaBusy = step.done ? null : "true";
+    if (!step.done) later = setTimeout(write, 0, steps);
   }
 
   function filter() {
