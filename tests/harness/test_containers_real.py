@@ -55,9 +55,28 @@ def test_each_mode_says_the_same_in_a_container_and_in_a_process(image, tmp_path
     found["process"] = run(plan(), run_dir=tmp_path / "process", runtime="process")
     for inside, outside in zip(found["docker"], found["process"], strict=True):
         assert outside.verdict is Verdict.PASS, outside.reason
-        assert inside.transcript_digest == outside.transcript_digest
         assert inside.command == outside.command
     assert dict(found["docker"][0].versions)["image cpu"] == image.digest.removeprefix("sha256:")[:12]
     transcripts = sorted(tmp_path.glob("docker/cells/*/transcript.json"))
     assert len(transcripts) == len(CELLS) + 2
-    assert all(Transcript.load(path).answers for path in transcripts)
+    for path in transcripts:
+        same(Transcript.load(path), Transcript.load(tmp_path / "process" / path.relative_to(tmp_path / "docker")))
+
+
+#: Between two runs, prompts of a batch meet in other steps, which rounds their sums otherwise (fp32, nats).
+BATCHED = 1e-4
+
+
+def same(inside: Transcript, outside: Transcript) -> None:
+    """Equal in every token; in every bit where the prompt went alone, else within the rounding of other batches."""
+    assert inside.workload_key == outside.workload_key and inside.counts == outside.counts
+    alone = 0
+    for ours, theirs in zip(inside.answers, outside.answers, strict=True):
+        assert [step.token_id for step in ours.steps] == [step.token_id for step in theirs.steps], ours.prompt
+        if ours.batch == 0:
+            assert ours == theirs
+            alone += len(ours.steps)
+        for a, b in zip(ours.steps, theirs.steps, strict=True):
+            assert abs(a.logprob - b.logprob) < BATCHED
+            assert all(abs(a.top[token] - b.top[token]) < BATCHED for token in a.top.keys() & b.top.keys())
+    assert alone > 100
