@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.oracle.band import SHIPPED, UNMEASURED, Band, Shapes, Source, Spread, kind_of
-from harness.oracle.calibrate import RESOLUTION, NullPair, calibrate
+from harness.oracle.calibrate import MOSTLY, RESOLUTION, NullPair, calibrate
 from harness.oracle.clean import Clean, clean_comparisons
 from harness.oracle.compare import StepChange, compare
 from harness.oracle.measure import LEAST_GROUP, log_ratio
@@ -30,7 +30,7 @@ def measured(saved: Sequence[Saved]) -> list[Band]:
             pools[_kind(first)].append(NullPair("tp size", first.transcript, second.transcript))
     clean: dict[tuple[str, str], list[Clean]] = defaultdict(list)
     for pair in clean_comparisons(saved):
-        if pair.second.standard and not pair.identical:
+        if pair.first.standard and pair.second.standard and reordered(pair.found.steps):
             clean[_kind(pair.first)].append(pair)
     spreads = {kind: spread for kind, some in clean.items() if (spread := spread_among(some)) is not None}
     bands = []
@@ -50,8 +50,9 @@ def shapes_among(some: Sequence[NullPair]) -> Shapes:
     """Shapes of the tails of decode over all pairs in which something was reordered."""
     changes, distances = [], []
     for _, baseline, candidate in some:
-        decode = [step for step in compare(baseline, candidate).steps if not step.prefill]
-        if sum(step.widest <= RESOLUTION for step in decode) < len(decode) / 2:
+        steps = compare(baseline, candidate).steps
+        if reordered(steps):
+            decode = [step for step in steps if not step.prefill]
             changes.append([step.widest for step in decode])
             distances.append([step.distance for step in decode])
     return Shapes(change=fit_shape(changes).cautious, distance=fit_shape(distances).cautious)
@@ -70,6 +71,12 @@ def _merged(sources: Sequence[Source]) -> tuple[Source, ...]:
         used = any(source.used for source in some)
         merged.append(some[0].model_copy(update={"prompts": prompts, "steps": steps, "identical": share, "used": used}))
     return tuple(merged)
+
+
+def reordered(steps: Sequence[StepChange]) -> bool:
+    """Most decode steps changed: reductions were reordered."""
+    decode = [step for step in steps if not step.prefill]
+    return sum(step.widest <= RESOLUTION for step in decode) < MOSTLY * len(decode)
 
 
 def spread_among(some: Sequence[Clean]) -> Spread | None:
