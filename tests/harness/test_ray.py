@@ -15,9 +15,10 @@ from harness.need import Room
 from harness.runner import run
 from harness.server.place import Processes
 from harness.server.process import Limits
+from harness.transcript import Transcript
 from harness.verdict import Verdict
 
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.server, pytest.mark.timeout(280)]
 
 LIMITS = Limits(start=60, stop=0.5)
@@ -61,6 +62,11 @@ def cluster(monkeypatch):
     made.shutdown()
 
 
+def answers(run_dir: Path, cell) -> tuple:
+    (file,) = (run_dir / "cells").glob(f"*{cell.key[:8]}/transcript.json")
+    return Transcript.load(file).answers
+
+
 def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluster, tmp_path):
     from harness.executors.ray import RayExecutor
 
@@ -86,10 +92,9 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     assert [one.reason for one in found if one.verdict is Verdict.ERROR] == []
     local = LocalExecutor(LIMITS, Stubs(tmp_path), Host(ROOM))
     expected = run(PLAN, run_dir=tmp_path / "local", executor=local, **QUIET)
-    assert [(one.verdict, one.transcript_digest) for one in found] == [
-        (one.verdict, one.transcript_digest) for one in expected
-    ]
-    assert all(one.transcript_digest for one in found)
+    assert [one.verdict for one in found] == [one.verdict for one in expected]
+    for one in PLAN:  # a server also counts what it generated for a client that hung up, which differs by the moment
+        assert answers(tmp_path / "ray", one.cell) == answers(tmp_path / "local", one.cell)
     nodes = {node for cell in (BASE, HELIX, OTHER, THIRD) for node in place.nodes(cell)}
     assert len(nodes) > 1, "all cells ran on one node"
     first, second = place.nodes(OTHER)
@@ -98,5 +103,3 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     tries = [event for event in events if event["event"] == "attempt" and event["id"] == OTHER.id]
     assert [event["cause"] for event in tries] == ["killed", None] and "host was lost" in tries[0]["reason"]
     assert "an attempt before was lost to infrastructure" in found[2].reason
-    for one in PLAN:  # what a resumed run needs has come back
-        assert list((tmp_path / "ray" / "cells").glob(f"*{one.cell.key[:8]}/transcript.json"))
