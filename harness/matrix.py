@@ -246,6 +246,8 @@ def _merge(known: PlannedCell, cell: Cell, suite: str, declaration: Declaration)
     if declaration.verdict is not known.declared:
         first, second = (f"{known.declared} ({known.suites[0]})", f"{declaration.verdict} ({suite})")
         raise _contradiction(suite, f"{cell.id} is declared {first} and {second}")
+    if suite in known.suites and (known.refusal or not declaration.refusal):
+        return known
     suites = known.suites if suite in known.suites else (*known.suites, suite)
     return known.model_copy(update={"suites": suites, "refusal": known.refusal or declaration.refusal})
 
