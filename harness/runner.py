@@ -25,6 +25,7 @@ from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, observe, with_capacity
 from harness.oracle.bands import BATCH, TP_SIZE, Bands
+from harness.references import References
 from harness.result import CellResult, Phase
 from harness.resume import NOTHING, Setting, code_key, fingerprint, keep, saved
 from harness.server.place import Place, make_place
@@ -109,7 +110,7 @@ class _Run:
         self.hardware = list(hardware) if hardware is not None else [str(device) for device in detect()]
         self.versions = found_versions or tuple({**dict(versions()), **place.versions}.items())
         self.results: dict[str, CellResult] = {}
-        self.references: dict[str, Transcript | None] = {}  # of finished baselines, by key; None: it failed
+        self.references = References()  # of finished baselines
         self.bands = Bands(run_dir / "bands")
         self.judged = sum(item.baseline is not None and item.skip is None for item in self.plan)
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
@@ -176,7 +177,7 @@ class _Run:
 
     def _asks(self, item: PlannedCell) -> bool:
         """Whether a server is started for it."""
-        has_reference = item.baseline is None or self.references.get(item.baseline.key) is not None
+        has_reference = item.baseline is None or self.references.there(item.baseline.key)
         return item.skip is None and has_reference
 
     def _keep(self) -> list[str]:
