@@ -27,9 +27,10 @@ def of_run(run_dir: Path) -> dict[str, float]:
     events, _ = ledger.read(ledger.find(run_dir))
     begin = max(index for index, event in enumerate(events) if event["event"] == "run-start")
     session = events[begin:]
-    if session[-1]["event"] != "run-end" or "peak_bytes" not in session[-1]:
+    end = next((event for event in session if event["event"] == "run-end" and "peak_bytes" in event), None)
+    if end is None:
         raise ValueError(f"{run_dir}: the run did not end, or is of an earlier version")
-    first, last = (datetime.fromisoformat(session[at]["time"]) for at in (0, -1))
+    first, last = (datetime.fromisoformat(event["time"]) for event in (session[0], end))
     wall = (last - first).total_seconds()
     phases = [phase for event in session if event["event"] == "result" for phase in event["result"]["phases"]]
     servers = sum(phase["seconds"] for phase in phases if phase["name"] in _WAITING)
@@ -38,9 +39,9 @@ def of_run(run_dir: Path) -> dict[str, float]:
         "servers_s": round(servers, 2),
         "own_s": round(wall - servers, 2),
         "own_percent": round(100 * (wall - servers) / wall, 2),
-        "cpu_s": session[-1]["cpu_seconds"],
-        "cpu_percent": round(100 * session[-1]["cpu_seconds"] / wall, 2),
-        "peak_mb": round(session[-1]["peak_bytes"] / 1e6, 1),
+        "cpu_s": end["cpu_seconds"],
+        "cpu_percent": round(100 * end["cpu_seconds"] / wall, 2),
+        "peak_mb": round(end["peak_bytes"] / 1e6, 1),
     }
 
 
