@@ -104,7 +104,10 @@ class StaleReuse(Fault):
 
 @fault("mlp-shard-of-rank-0")
 class MlpShardOfRank0(Fault):
-    """Every rank holds rank 0's shard of the MLP (as TensorRT-LLM#17796, a loader): an error outside attention."""
+    """Every rank holds rank 0's shard of the MLP (as TensorRT-LLM#17796, a loader): an error outside attention.
+
+    Changes nothing on CPU: vLLM's linear layers there have packed their weights by the time a fault is armed.
+    """
 
     def weights(self, model, rank):
         for name, parameter in model.named_parameters():
