@@ -92,6 +92,16 @@ class Container:
                 self._kill_processes()
                 time.sleep(patience)
 
+    def look_for_daemon(self, seconds: float = 2.0) -> None:
+        """A daemon that is stopped ends its containers first: an end from outside is its own when it is gone then."""
+        until = time.monotonic() + seconds
+        while not self.lost and self.status in (137, 143) and time.monotonic() < until:
+            try:
+                self.client.ping()
+            except Exception as problem:
+                self.lost = str(problem) or type(problem).__name__
+            time.sleep(0.2)
+
     def oom_killed(self) -> bool:
         try:
             self.container.reload()
@@ -131,6 +141,8 @@ def guard(options: argparse.Namespace) -> int:
         container.start()
         while container.status is None and not container.lost and not told.stop(0.1):
             log.shorten()
+        if container.status and not told.words and not told.closed:
+            container.look_for_daemon()
         if container.lost:
             return _say(f"the Docker daemon went away: {container.lost}")
         if container.status and container.oom_killed():
