@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_runner import BASE, HELIX, OTHER, planned
+from test_runner import BASE, HELIX, OTHER, Table, planned
 from test_server import launch
 
 from harness.executors.local import LocalExecutor
@@ -103,3 +103,8 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     tries = [event for event in events if event["event"] == "attempt" and event["id"] == OTHER.id]
     assert [event["cause"] for event in tries] == ["killed", None] and "host was lost" in tries[0]["reason"]
     assert "an attempt before was lost to infrastructure" in found[2].reason
+
+    # a driver that starts again takes over what came back, and asks no host for it
+    idle = Table()
+    again = run(PLAN, run_dir=tmp_path / "ray", executor=idle, resume=True, **QUIET)
+    assert idle.ran == [] and [one.verdict for one in again] == [one.verdict for one in found]
