@@ -2,7 +2,7 @@
 
 They exist to test the oracle: a comparison that cannot tell these from a right answer proves nothing. A fault is armed
 after the start-up self-test, which would refuse most of them. WHEN restricts a fault to some calls, rows or heads:
-`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:token=100`; see `make_fault`. The defects themselves are in
+`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:every=100`; see `make_fault`. The defects themselves are in
 `fault_merge.py` (what is sent and merged) and `fault_cache.py` (what is read, written, or never ran).
 """
 
@@ -180,7 +180,7 @@ class _SomeTokens(Fault):
 #: WHEN=N for faults of the partial (and, where tokens are chosen, of local lengths): N -> the fault so restricted.
 SELECTIVE: dict[str, Callable[[Fault, int], Fault]] = {
     "head": _OneHead,
-    "token": lambda whole, every: _SomeTokens(whole, lambda positions: positions % every == every - 1),
+    "every": lambda whole, every: _SomeTokens(whole, lambda positions: positions % every == every - 1),
     "beyond": lambda whole, length: _SomeTokens(whole, lambda positions: positions >= length),
 }
 
@@ -190,7 +190,7 @@ NOTHING_ARMED = ArmedFault(NO_FAULT, lambda site: False)
 def make_fault(spec: str | None) -> ArmedFault:
     """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
 
-    WHEN is one of CONDITIONS, `layer=N`, or for some faults `head=N` (query head N of the model), `token=N` (tokens at
+    WHEN is one of CONDITIONS, `layer=N`, or for some faults `head=N` (query head N of the model), `every=N` (tokens at
     every Nth position) or `beyond=N` (tokens with at least N before them).
     """
     from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401  (they register themselves)
@@ -211,10 +211,10 @@ def make_fault(spec: str | None) -> ArmedFault:
     if key in SELECTIVE and number.isdigit() and int(number) >= (key != "head") and _selectable(kind, key):
         return ArmedFault(SELECTIVE[key](kind(), int(number)), lambda site: True)
     by_head = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "head")))
-    by_token = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "token")))
+    by_token = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "every")))
     raise HelixRefusal(
         f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N; "
-        f"head=N for {by_head}; token=N and beyond=N for {by_token}"
+        f"head=N for {by_head}; every=N and beyond=N for {by_token}"
     )
 
 

@@ -82,7 +82,7 @@ def decode(*lengths: int, **changes) -> Site:
 def test_only_tokens_at_some_positions():
     output, lse = torch.zeros(3, 2, 4), torch.zeros(3, 2)
     where = decode(100, 101, 200)  # new tokens at positions 99, 100, 199
-    for spec, struck in (("token=100", [0, 2]), ("beyond=100", [1, 2]), ("beyond=200", [])):
+    for spec, struck in (("every=100", [0, 2]), ("beyond=100", [1, 2]), ("beyond=200", [])):
         _, wrong = make_fault(f"drop-shard:{spec}").at(where).partial(output, lse, where)
         assert torch.isinf(wrong).all(1).nonzero().flatten().tolist() == struck, spec
 
