@@ -126,7 +126,9 @@ for one query head, for the tokens at every Nth position, or beyond N tokens.
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
 
 "value" is that of the statistic furthest beyond its bound (value / bound, of a KL its root), "statistics beyond" how
-many are. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md).
+many are. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The ledgers
+behind the committed table, and more on what was not caught, are in
+[reports/2026-11-24-faults](../reports/2026-11-24-faults/README.md).
 """
 
 
