@@ -5,13 +5,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from harness.chosen import Chosen
 from harness.frozen import content_hash
 from harness.hardware import Hardware
+from harness.interrupts import deaf
 from harness.ledger import LedgerBusy
 from harness.matrix import PlannedCell
 from harness.result import CellResult
@@ -99,7 +100,8 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
         print("interrupted before any cell was finished; no report")
         return INTERRUPTED
     try:
-        page = (reporter or _reporter())(run_dir)
+        with deaf() if interrupted else nullcontext():
+            page = (reporter or _reporter())(run_dir)
     except OSError as error:
         return _disk(error, run_dir)
     if interrupted:

@@ -20,6 +20,7 @@ from harness.capacity import capacity
 from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor, workload_for
 from harness.hardware import detect
+from harness.interrupts import deaf
 from harness.ledger import Ledger, clock_jumps, now, read
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
@@ -158,7 +159,8 @@ class _Run:
                     self._stop(running)
                     raise
         finally:
-            self.ledger.run_end()
+            with deaf():
+                self.ledger.run_end()
         return [self.results[item.cell.key] for item in self.plan]
 
     def _order(self, item: PlannedCell) -> tuple:
@@ -219,8 +221,9 @@ class _Run:
         try:
             wait(running)
         except KeyboardInterrupt:
-            self.executor.end_all()
-            wait(running)
+            with deaf():
+                self.executor.end_all()
+                wait(running)
 
     def _one(self, item: PlannedCell) -> None:
         """One cell, to its row. Nothing but a defect of the ledger gets out of here."""

@@ -121,6 +121,7 @@ def main() -> None:
     try:
         play(options.run_dir, behaviours, options.jobs, options.resume)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as harness/run.py: the second may come while this one ends
         sys.exit(130)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from test_merge import BASE, HELIX, OTHER
+from test_merge_runs import BASE, HELIX, OTHER
 
 from harness import cli
 from harness.cell import Cell
@@ -23,7 +23,7 @@ STUB = """#!{python}
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_merge import BASE, HELIX, OTHER, result, run_of
+from test_merge_runs import BASE, HELIX, OTHER, result, run_of
 words = sys.argv[1:]
 if "--resume" in words:
     folder = Path(words[words.index("--resume") + 1])
@@ -137,7 +137,7 @@ def test_what_pods_leave_is_merged_and_a_pod_that_never_ran_is_missing_by_name(t
     text = script(group, KubernetesOptions(image="i"), str(tmp_path / "runs"), str(tmp_path / "cells"))
     environment = {**stub, "JOB_COMPLETION_INDEX": "1"}
     subprocess.run(["/bin/bash", "-euc", text, "cell"], env=environment, check=True)
-    from test_merge import run_of
+    from test_merge_runs import run_of
 
     from harness.chosen import Chosen
 

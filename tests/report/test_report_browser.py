@@ -184,6 +184,7 @@ def test_sorting_is_in_the_address_and_goes_back(visit, run_dir):
     known = [float(ratio) for ratio in ratios if ratio != "-"]
     assert known == sorted(known) and ratios[len(known) :] == ["-"] * (len(ratios) - len(known))
     again.click("button[type=reset]")
+    expect(again.locator("output")).to_have_text("32 cells")  # the page follows a moment after the form
     after = again.locator("details.cell").evaluate_all("cells => cells.map((cell) => cell.dataset.id)")
     assert after == before
 
