@@ -115,6 +115,8 @@ class LocalExecutor:
         server = Server(launch, log, self.limits, self.cancel, lease.descriptor)
         self._live.add(server)
         try:
+            with _timed("imports", phases):
+                server.warm_up()
             with _timed("start", phases):
                 server.start()
             started = True

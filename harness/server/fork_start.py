@@ -22,12 +22,13 @@ class _Environment(type(os.environ)):
         super().__setitem__(name, "fork" if name == _KEPT else value)
 
 
-def main() -> None:
+def run(words: list[str]) -> None:
+    """Be `python -m MODULE ARGUMENTS`, of which `words` is the list."""
     os.environ.__class__ = _Environment
     os.environ[_KEPT] = "fork"
-    module, sys.argv = sys.argv[1], sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

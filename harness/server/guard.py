@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -109,20 +111,33 @@ def reap() -> None:
 _command_pid = 0
 
 
-def guard(command: list[str], grace: float) -> int:
-    """Run `command` to its end or until told to stop; its exit status, 128 + n after signal n."""
+class Process(Protocol):
+    """What the guard needs of a server's first process; `subprocess.Popen` is one. A negative status is a signal's."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def terminate(self) -> None: ...
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def guard(start: Callable[[dict[str, str]], Process], grace: float) -> int:
+    """See what `start` makes of an environment to its end, or end it when told to; its exit status, 128 + n after
+    signal n."""
     global _command_pid
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tree = Tree()
     scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
     told, log = Told(), Log()
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"TMPDIR": scratch},
-            preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
-        )
+        process = start(os.environ | {"TMPDIR": scratch})
         _command_pid = process.pid
         looked, killed = 0.0, kills_for_memory()
         while process.poll() is None and not told.stop(0.1):
@@ -149,7 +164,7 @@ def guard(command: list[str], grace: float) -> int:
         status = process.wait()
         return 128 - status if status < 0 else status
     except OSError as error:
-        print(f"guard: cannot start {command[0]}: {error}", file=sys.stderr)
+        print(f"guard: cannot start the server: {error}", file=sys.stderr)
         return 127
     finally:
         tree.kill()
@@ -215,7 +230,11 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    return guard(command, options.grace)
+
+    def start(env: dict[str, str]) -> subprocess.Popen:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, preexec_fn=end_with_parent)
+
+    return guard(start, options.grace)
 
 
 if __name__ == "__main__":

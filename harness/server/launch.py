@@ -20,6 +20,9 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|^KEY", re.IGNORECASE)
 _HUB_TOKEN = "HF_TOKEN"
 
 
+FORK_START = (python(), "-m", "harness.server.fork_start")
+
+
 class Launch(Frozen):
     """One server to start. `name` is a nonce that /v1/models must show, `api_key` is this server's alone."""
 
@@ -35,6 +38,12 @@ class Launch(Frozen):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def forked(self) -> tuple[str, ...]:
+        """The module and its arguments, where a warm process may fork this server (`warm.py`); else ()."""
+        here = self.guard == ("harness.server.guard",)
+        return self.argv[len(FORK_START) :] if here and self.argv[: len(FORK_START)] == FORK_START else ()
 
 
 def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
@@ -101,7 +110,7 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
 def _forked(argv: list[str]) -> list[str]:
     """The same server with forked workers: imports are paid once, not once a rank (`fork_start.py`)."""
     module = ["helix_runtime.serve", *argv[1:]] if argv[0] == "helix" else argv[2:]
-    return [python(), "-m", "harness.server.fork_start", *module]
+    return [*FORK_START, *module]
 
 
 def _take_additional_config(argv: list[str]) -> tuple[list[str], dict]:

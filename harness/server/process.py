@@ -8,11 +8,13 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import httpx
 
 from harness.cell import Cell
 from harness.frozen import Frozen
+from harness.server import warm
 from harness.server.launch import Launch, make_launch
 from harness.server.log import Cause, Failure, explain, kv_cache_tokens, read_log, tail
 
@@ -53,7 +55,7 @@ class Server:
         self.limits = limits or Limits()
         self.cancel = cancel or threading.Event()
         self.lease = lease
-        self._guard: subprocess.Popen | None = None
+        self._guard: subprocess.Popen | warm.WarmGuard | None = None
         self._lock = threading.Lock()
 
     @property
@@ -67,23 +69,36 @@ class Server:
     def start(self) -> "Server":
         """Start and wait until our own model answers with one token. Raises ServerFailed, and then nothing is left."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", *self.launch.guard, "--grace", str(self.limits.stop), "--"]
         with self.log.open("wb") as log:
-            self._guard = subprocess.Popen(
-                [*guard, *self.launch.argv],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(self.launch.env),
-                start_new_session=True,
-                pass_fds=() if self.lease is None else (self.lease,),
-            )
+            self._guard = self._warm(log.fileno()) or self._cold(log)
         try:
             self._wait_ready()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def warm_up(self) -> None:
+        """Make, or wait for, the warm process that forks this server, where there may be one."""
+        if self.launch.forked:
+            warm.starter(self.launch.env, self.cancel)
+
+    def _warm(self, log: int) -> warm.WarmGuard | None:
+        launch = self.launch
+        starter = warm.starter(launch.env, self.cancel) if launch.forked else None
+        return starter and starter.start(launch.forked, dict(launch.env), self.limits.stop, log, self.lease)
+
+    def _cold(self, log: BinaryIO) -> subprocess.Popen:
+        guard = [sys.executable, "-m", *self.launch.guard, "--grace", str(self.limits.stop), "--"]
+        return subprocess.Popen(
+            [*guard, *self.launch.argv],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(self.launch.env),
+            start_new_session=True,
+            pass_fds=() if self.lease is None else (self.lease,),
+        )
 
     def failure(self) -> Failure | None:
         """Why the server is dead; None while it lives."""
