@@ -203,8 +203,9 @@ def _become_server(argv: Sequence[str], env: dict[str, str], given: Sequence[int
     try:
         guard.end_with_parent()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SIGINT stays ignored, as below any guard
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        for descriptor in given:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        for descriptor in (nothing, *given):
             os.close(descriptor)
         _set_environment(env)
         fork_start.run(list(argv))

@@ -39,7 +39,15 @@ def test_a_whole_attempt(executor, tmp_path):
     attempt = executor("well").attempt(CELL, tmp_path, None)
     assert attempt.started and attempt.failure is None and attempt.proofs == ()
     assert attempt.kv_cache_tokens == 21824 and "stub" in attempt.log_tail
-    assert [phase.name for phase in attempt.phases] == ["lease", "model", "start", "workload", "stop", "release"]
+    assert [phase.name for phase in attempt.phases] == [
+        "lease",
+        "model",
+        "imports",
+        "start",
+        "workload",
+        "stop",
+        "release",
+    ]
     assert Transcript.load(tmp_path / "transcript.json") == attempt.transcript
     assert all(len(answer.steps) > 0 for answer in attempt.transcript.answers)
     assert gone(int(logged(tmp_path, r"stub (\d+)")))
