@@ -29,7 +29,8 @@ class Source(Frozen):
     """One pair of standard-TP transcripts that the band was measured from.
 
     `kind`: what differed: `tp size`, `batch composition`, `again`. `identical`: share of steps without any change; a
-    pair in which most steps are identical says that nothing was reordered and is listed, not used.
+    pair in which most steps are identical says that nothing was reordered and is listed, not used. `median`: of the
+    decode steps that changed, in nats. `why`: why it is not used, where it is not for being identical.
     """
 
     kind: str
@@ -39,6 +40,8 @@ class Source(Frozen):
     steps: int
     identical: float
     used: bool
+    median: float = 0.0
+    why: str = ""
 
 
 class Row(Frozen):
