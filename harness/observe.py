@@ -144,6 +144,13 @@ def dropped(transcript: Transcript) -> str | None:
     return None
 
 
+def longest_written(transcript: Transcript) -> int:
+    """Tokens of the longest sequence whose keys and values were written: those of its last token never are."""
+    return max(
+        (answer.prompt_length + len(answer.steps) - 1 for answer in transcript.answers if answer.steps), default=0
+    )
+
+
 def uncached(cell: Cell, attempt: Attempt) -> str | None:
     """What is wrong with the claim that a repeated prompt reads what ranks hold of it already; None if nothing is.
 
@@ -164,7 +171,11 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         return Observation(verdict, judgement.reason, judgement)
     if not judgement.forced:
         return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
-    unproven = check_proof(item.cell, attempt.proofs) or dropped(attempt.transcript) or uncached(item.cell, attempt)
+    unproven = (
+        check_proof(item.cell, attempt.proofs, longest_written(attempt.transcript))
+        or dropped(attempt.transcript)
+        or uncached(item.cell, attempt)
+    )
     if unproven:
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     if item.cell.fault:
