@@ -14,6 +14,9 @@ from harness.server.log import Cause
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
+#: How the refusal of a worker begins whose start-up self-test failed (`helix_runtime/vllm_plugin/self_test.py`).
+SELF_TEST = "self-test of the"
+
 
 class Observation(NamedTuple):
     verdict: Verdict
@@ -68,6 +71,9 @@ def _refusal(item: PlannedCell, attempt: Attempt) -> Observation:
 
 def _failed(attempt: Attempt) -> Observation:
     failure = attempt.failure
+    if failure.cause is Cause.REFUSED and SELF_TEST in failure.reason:
+        # No rule of the documentation: the exchange merged known partials wrongly, and the server said so.
+        return Observation(Verdict.FAIL, failure.reason)
     if failure.cause is Cause.REFUSED:
         return Observation(Verdict.REJECTED, failure.reason)
     when = "while answering" if attempt.started else "at start"
@@ -95,10 +101,14 @@ def _without_band(item: PlannedCell, transcript: Transcript) -> Observation:
 
 
 def _reference(transcript: Transcript) -> Observation:
-    """A cell that others are compared with: it passes when it answered all."""
+    """A cell that others are compared with: it passes when it answered all, to the last token that was asked for."""
     silent = [answer.prompt for answer in transcript.answers if not answer.steps]
     if silent:
         return Observation(Verdict.ERROR, f"no answer to {len(silent)} prompts, the first is {silent[0]}")
+    short = [answer for answer in transcript.answers if len(answer.steps) + answer.waived < answer.asked]
+    if short:
+        took = f"the first is {short[0].prompt}: {len(short[0].steps)} of {short[0].asked}"
+        return Observation(Verdict.ERROR, f"{len(short)} prompts got fewer tokens than were asked for; {took}")
     numberless = sum(not math.isfinite(step.logprob) for answer in transcript.answers for step in answer.steps)
     if numberless:
         return Observation(Verdict.ERROR, f"{numberless} steps of a reference hold no number (NaN or infinity)")

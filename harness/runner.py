@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from harness.attempts import RETRIES, settle, worth_again
+from harness.attempts import RETRIES, died_answering, settle, worth_again
 from harness.bench.cells import run_bench
 from harness.bench.measure import Where
 from harness.capacity import capacity
@@ -282,7 +282,8 @@ class _Run:
 
     def _attempts(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation, int]:
         """(last attempt, verdict of all, how many there were in this run)."""
-        judged, lost, number = list(self.kept.judged.get(item.cell.key, ())), [], 0
+        judged, lost, number, deaths = list(self.kept.judged.get(item.cell.key, ())), [], 0, 0
+        compared = item.baseline is not None and not item.cell.baseline and item.declared is not Verdict.REJECTED
         wanted = max(self.repeat, 1)
         while True:
             attempt, seen = self._try(item, follow)
@@ -294,7 +295,8 @@ class _Run:
             self.ledger.attempt(item.cell.id, self.keys[item.cell.key], number, seen.verdict, seen.reason, cause)
             if seen.verdict is Verdict.ERROR:
                 lost.append(seen.reason)
-                if attempt is None or len(lost) > RETRIES or not worth_again(failure, attempt.started):
+                deaths += compared and attempt is not None and died_answering(failure, attempt.started)
+                if attempt is None or len(lost) > RETRIES or not worth_again(failure, attempt.started, compared):
                     break
                 self.progress(f"again     {item.cell.id}: lost to infrastructure: {seen.reason}")
             else:
@@ -302,7 +304,7 @@ class _Run:
                 wanted -= 1
                 if not wanted:
                     break
-        return attempt, settle(judged, lost, seen), number
+        return attempt, settle(judged, lost, seen, deaths), number
 
     def _try(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation]:
         """One attempt at a cell, judged."""

@@ -41,7 +41,9 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.FAIL: Meaning(
         Effect.DIFFERS,
         "✗",
-        "answers differ from standard TP, KV capacity from what the layout promises, or no declared refusal came",
+        "answers differ from standard TP, KV capacity from what the layout promises, or no declared refusal came; the "
+        "self-test of the exchange failed at start; or the server died or hung while answering, twice, where its "
+        "baseline answered all",
     ),
     Verdict.XFAIL: Meaning(Effect.OK, "⊘", "known limitation, seen again"),
     Verdict.XPASS: Meaning(Effect.DIFFERS, "!", "known limitation is gone: update the declared table"),

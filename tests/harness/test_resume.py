@@ -134,16 +134,35 @@ def test_infrastructure_is_tried_again_once_and_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("cause", "started", "starts"),
     [
-        (Cause.PORT_IN_USE, False, 2), (Cause.NCCL, True, 2), (Cause.KILLED, True, 2), (Cause.TIMEOUT, False, 2),
-        (Cause.TIMEOUT, True, 1), (Cause.ILLEGAL_ACCESS, True, 1), (Cause.OTHER, False, 1),
+        (Cause.PORT_IN_USE, False, 2), (Cause.KILLED, True, 2), (Cause.TIMEOUT, False, 2), (Cause.NCCL, False, 2),
+        (Cause.OTHER, False, 1), (Cause.OUT_OF_MEMORY, True, 1), (Cause.PORT_IN_USE, True, 2),
         (Cause.MISSING_MODEL, False, 1), (Cause.OUT_OF_MEMORY, False, 1), (Cause.MISSING_IMAGE, False, 1),
     ],
 )  # fmt: skip
-def test_what_may_be_a_defect_is_not_tried_again(tmp_path, cause, started, starts):
+def test_what_a_host_does_is_an_error_and_tried_again_where_it_may_pass(tmp_path, cause, started, starts):
     lost = failed(HELIX, cause, "why", started)
     found, ran, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={HELIX: lost})
     assert ran.count(HELIX) == starts == found[1].attempts
     assert found[1].verdict is Verdict.ERROR
+
+
+@pytest.mark.parametrize("cause", [Cause.OTHER, Cause.TIMEOUT, Cause.BROKEN_ANSWER, Cause.ILLEGAL_ACCESS, Cause.NCCL])
+def test_a_cell_that_dies_twice_while_answering_what_its_baseline_answered_fails(tmp_path, cause):
+    died = failed(HELIX, cause, "why", started=True)
+    found, ran, _ = play(tmp_path / "twice", [planned(BASE), planned(HELIX)], answers={HELIX: [died, died]})
+    assert ran.count(HELIX) == 2 and found[1].verdict is Verdict.FAIL
+    assert found[1].reason.endswith("so it did 2 times, where its baseline answered all")
+    found, _, _ = play(tmp_path / "once", [planned(BASE), planned(HELIX)], answers={HELIX: [died, good(HELIX)]})
+    assert found[1].verdict is Verdict.PASS and "an attempt before was lost" in found[1].reason
+    killed = failed(HELIX, Cause.KILLED, "from outside", started=True)
+    found, _, _ = play(tmp_path / "host", [planned(BASE), planned(HELIX)], answers={HELIX: [died, killed]})
+    assert found[1].verdict is Verdict.ERROR
+
+
+def test_a_baseline_that_dies_while_answering_is_an_error(tmp_path):
+    died = failed(BASE, Cause.OTHER, "why", started=True)
+    found, _, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: [died, died]})
+    assert [result.verdict for result in found] == [Verdict.ERROR, Verdict.ERROR]
 
 
 def test_a_comparison_that_failed_is_never_tried_again(tmp_path):
