@@ -102,6 +102,7 @@ class Group(Frozen):
                 profile="smoke",
                 seed=seed,
                 retrieves=self.model if "-retrieve" in self.model else None,
+                seats=16,
             )
             prompts = {prompt.token_ids for prompt in workload.prompts}
             if not prompts & seen:

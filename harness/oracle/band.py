@@ -172,7 +172,7 @@ def shipped(dtype: str, model: str) -> Band:
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json"))) or "none"
         raise KeyError(f"no null band for {dtype} and models of kind {kind_of(model)}; shipped: {names}")
     band = Band.load(path)
-    if any(f"/{model.removeprefix(PREFIX)}/" in source.baseline for source in band.sources):
+    if _names(band, model):
         return band
     return band.model_copy(
         update={
@@ -181,6 +181,16 @@ def shipped(dtype: str, model: str) -> Band:
             "decode": band.decode.louder(TRANSFER),
         }
     )
+
+
+def measured_with(dtype: str, model: str) -> bool:
+    """Whether the shipped band of `dtype` was measured with `model`: what is judged of it is then not out of sample."""
+    path = SHIPPED / f"{dtype}-{kind_of(model)}.json"
+    return path.is_file() and _names(Band.load(path), model)
+
+
+def _names(band: Band, model: str) -> bool:
+    return any(f"/{model.removeprefix(PREFIX)}/" in source.baseline for source in band.sources)
 
 
 def measured_elsewhere(dtype: str, model: str) -> tuple[Spread, Shapes]:

@@ -22,7 +22,9 @@ class Row(Frozen):
     """One defect in one cell. `statistic`, `value`, `bound` of the statistic that is furthest beyond its bound.
 
     `effect`: see `effect`, None where the bound is 0 or nothing is beyond; `beyond`: names of all that are beyond.
-    `how`: the verdict's own sentence.
+    `over_point`: the largest logprob change, over the 99.9 % point of the largest that a clean cell of as many steps
+    has: above 1 the defect changes some output by more than rounding does in 999 of 1,000 cells. None where nothing was
+    compared. `how`: the verdict's own sentence.
     """
 
     fault: str
@@ -36,6 +38,7 @@ class Row(Frozen):
     value: float | None = None
     bound: float | None = None
     effect: float | None = None
+    over_point: float | None = None
     beyond: tuple[str, ...] = ()
     how: str = ""
     why: str = ""
@@ -61,6 +64,12 @@ def effect(statistic: Statistic) -> float:
     return math.sqrt(ratio) if "KL" in statistic.name else ratio
 
 
+def over_point(result: CellResult) -> float | None:
+    """The largest logprob change of prefill or decode over the null's 99.9 % point of it, whichever is more."""
+    largest = [item for item in result.statistics if item.name.endswith("largest logprob change") and item.null]
+    return max((item.value / item.null for item in largest), default=None)
+
+
 def row(result: CellResult) -> Row:
     """The row of a cell with a defect."""
     cell = result.cell
@@ -69,7 +78,8 @@ def row(result: CellResult) -> Row:
     common = {
         "fault": cell.fault, "cell": cell.id, "mode": str(cell.mode), "layout": " ".join(filter(None, parts)),
         "verdict": result.verdict, "declared": result.declared, "caught": result.verdict in CAUGHT,
-        "how": result.reason, "why": result.declared_why if result.declared is not Verdict.FAIL else "",
+        "over_point": over_point(result), "how": result.reason,
+        "why": result.declared_why if result.declared is not Verdict.FAIL else "",
     }  # fmt: skip
     if not beyond:
         return Row(**common, statistic=PROOF if result.verdict is Verdict.UNPROVEN else "")
@@ -126,7 +136,9 @@ for one query head, for the tokens at every Nth position, or beyond N tokens.
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
 
 "value" is that of the statistic furthest beyond its bound (value / bound, of a KL its root), "statistics beyond" how
-many are. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The ledgers
+many are. "over the point" is the largest logprob change over the 99.9 % point of the largest that a clean cell with as
+many steps has, which one clean cell in a thousand exceeds: above 1, the defect changes some output by more than
+rounding does. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The ledgers
 behind the committed table, and more on what was not caught, are in
 [reports/2026-11-24-faults](../reports/2026-11-24-faults/README.md).
 """
@@ -138,13 +150,16 @@ def markdown(made: Table) -> str:
 
     names = {item.fault.partition(":")[0] for item in made.rows}
     missed = [item for item in made.rows if not item.caught]
+    loud = [item for item in made.rows if (item.over_point or 0) > 1]
     lines = [
         INTRO,
         "## The table",
         "",
         f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
         f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
-        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. Judged by:",
+        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. "
+        f"{len(loud)} cells change some output by more than the null's 99.9 % point; "
+        f"{sum(item.caught for item in loud)} of these are caught. Judged by:",
         "",
         *(f"- {band}" for band in made.bands),
         "",
@@ -154,12 +169,12 @@ def markdown(made: Table) -> str:
         lines += [f"- `{item.fault}`, {item.mode} {item.layout}: {item.why or item.how}" for item in missed]
         lines += [""]
     lines += [
-        "| defect | cell | caught by | value | bound | value / bound | statistics beyond |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| defect | cell | caught by | value | bound | value / bound | over the point | statistics beyond |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for item in made.rows:
         by = item.statistic or f"**not caught** ({item.verdict})"
-        numbers = [_number(item.value), _number(item.bound), _number(item.effect), str(len(item.beyond) or "–")]
+        numbers = [*map(_number, (item.value, item.bound, item.effect, item.over_point)), str(len(item.beyond) or "–")]
         lines.append(f"| `{item.fault}` | {item.mode} {item.layout} | {by} | {' | '.join(numbers)} |")
     lines += ["", "## What each defect does", ""]
     lines += [f"- `{name}`: {describe(name)}" for name in sorted(names)]

@@ -111,12 +111,17 @@ def _kind(saved: Saved) -> tuple[str, str]:
     return saved.transcript.dtype, kind_of(f"recipe:{saved.model}")
 
 
+def ships(saved: Saved) -> bool:
+    """Models with other weights (`-seedN`) are left out: how often the oracle alarms is measured with them."""
+    return saved.complete and not saved.fault and "-seed" not in saved.model
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     options = parser.parse_args(argv)
     SHIPPED.mkdir(exist_ok=True)
-    for band in measured([item for item in find(options.folders) if not item.fault]):
+    for band in measured([item for item in find(options.folders) if ships(item)]):
         path = SHIPPED / f"{band.dtype}-{band.model.removeprefix('kind ')}.json"
         band.save(path)
         change, spread = band.decode.change, band.spread
