@@ -41,7 +41,7 @@ class SwapChunks(Fault):
 
 @fault("swap-last-chunks")
 class SwapLastChunks(Fault):
-    """The last two ranks of each group get each other's heads; the first ranks are right (a wrong order from rank 2)."""
+    """The last two ranks of each group get each other's heads; those before are right."""
 
     def collectives(self, collectives):
         return _reordered(collectives, lambda members: [*range(members - 2), members - 1, members - 2])

@@ -2,7 +2,7 @@
 
 They exist to test the oracle: a comparison that cannot tell these from a right answer proves nothing. A fault is armed
 after the start-up self-test, which would refuse most of them. WHEN restricts a fault to some calls, rows or heads:
-`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:every=100`, `lse-in-bf16:rank=1`, `swap-chunks:call=97`; see `make_fault`. The defects themselves are in
+`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:every=100`; see `make_fault`. The defects themselves are in
 `fault_merge.py` (what is sent and merged) and `fault_cache.py` (what is read, written, or never ran).
 """
 
@@ -213,7 +213,8 @@ NOTHING_ARMED = ArmedFault(NO_FAULT, lambda site: False)
 def make_fault(spec: str | None) -> ArmedFault:
     """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
 
-    WHEN is one of CONDITIONS, `layer=N`, `rank=N` (of each KVP group), `call=K` (every K-th call), or for some faults `head=N` (query head N of the model), `every=N` (tokens at
+    WHEN is one of CONDITIONS, `layer=N`, `rank=N` (of each KVP group), `call=K` (every Kth attention call of a worker),
+    or for some faults `head=N` (query head N of the model), `every=N` (tokens at
     every Nth position) or `beyond=N` (tokens with at least N before them).
     """
     from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401  (they register themselves)
