@@ -195,6 +195,32 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
     return Observation(verdict, judgement.reason, judgement)
 
 
+def between_starts(
+    seen: Observation, first: Transcript, second: Transcript, band: Band | None, cells: int = 1
+) -> Observation:
+    """`seen`, what a cell's further start showed, with how far its answers are from those of its first start.
+
+    Two starts of one server may differ as two right servers do, no more: beyond that the cell is `flaky`.
+    """
+    if band is None:
+        return seen
+    try:
+        judgement = judge(first, second, band, cells=cells)
+    except ValueError as problem:
+        return Observation(Verdict.ERROR, f"cannot compare two starts: {problem.args[0]}")
+    if not judgement.agree:
+        return Observation(Verdict.FLAKY, f"two starts of it differ: {judgement.reason}", judgement)
+    if seen.judgement is None:
+        return seen._replace(reason=f"{seen.reason}; another start of it: {judgement.reason}")
+    largest = tuple(
+        item.model_copy(update={"name": f"between two starts, {item.name}"})
+        for item in judgement.statistics
+        if item.name.endswith("largest logprob change")
+    )
+    statistics = (*seen.judgement.statistics, *largest)
+    return seen._replace(judgement=seen.judgement.model_copy(update={"statistics": statistics}))
+
+
 def with_capacity(seen: Observation, found: Statistic | None) -> Observation:
     """`seen` with the measured KV capacity among its statistics; a cell that agrees but misses its promise fails."""
     if found is None or seen.judgement is None:

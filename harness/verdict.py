@@ -51,7 +51,9 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.UNPROVEN: Meaning(Effect.DIFFERS, "?", "answers agree, but nothing proves that the claimed path ran"),
     Verdict.ERROR: Meaning(Effect.INFRASTRUCTURE, "⚠", "infrastructure failed; says nothing about Helix"),
     Verdict.SKIP: Meaning(Effect.NEUTRAL, "–", "this host cannot run it; the reason is given"),
-    Verdict.FLAKY: Meaning(Effect.DIFFERS, "≈", "attempts disagree"),
+    Verdict.FLAKY: Meaning(
+        Effect.DIFFERS, "≈", "attempts disagree, or two starts of one cell differ by more than right servers do"
+    ),
     Verdict.STALE: Meaning(Effect.NEUTRAL, "∅", "recorded for other code or versions; run again"),
 }
 

@@ -5,10 +5,12 @@ import json
 import os
 
 import pytest
+from made_band import made_band
 from test_runner import BASE, HELIX, OTHER, Table, failed, good, planned, transcript
 
 from harness import runner
 from harness.ledger import Ledger, LedgerBusy, clock_jumps, read, results
+from harness.oracle.bands import Bands
 from harness.redact import hide_secrets
 from harness.runner import folder_name, run
 from harness.server.log import Cause
@@ -169,6 +171,37 @@ def test_a_comparison_that_failed_is_never_tried_again(tmp_path):
     off = good(HELIX, transcript=transcript(HELIX, shift=0.3))
     found, ran, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={HELIX: [off, good(HELIX)]})
     assert ran.count(HELIX) == 1 and found[1].verdict is Verdict.FAIL
+
+
+def test_two_starts_of_one_cell_are_compared_with_each_other(tmp_path):
+    """Each start is within the band of its baseline (4e-4 on either side); from the first to the second it is not."""
+    near = [good(HELIX, transcript=transcript(HELIX, shift=shift)) for shift in (-4e-4, 4e-4)]
+    answers = {BASE: [good(BASE)] * 2, HELIX: near}
+
+    def seen(folder: str, band):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Bands, "of", lambda self, cell: band)
+            return play(tmp_path / folder, [planned(BASE), planned(HELIX)], repeat=2,
+                        answers={cell: list(some) for cell, some in answers.items()})[0]  # fmt: skip
+
+    base, apart = seen("apart", made_band(change=5e-4))
+    assert apart.verdict is Verdict.FLAKY and "two starts of it differ: prefill: largest logprob" in apart.reason
+    assert base.verdict is Verdict.PASS and "another start of it: 2 steps agree" in base.reason
+    _, close = seen("close", made_band(change=1e-3))
+    values = {item.name: item.value for item in close.statistics}
+    assert close.verdict is Verdict.PASS
+    assert values["between two starts, decode: largest logprob change"] == pytest.approx(8e-4)
+    assert values["decode: largest logprob change"] == pytest.approx(4e-4)
+    assert "a run of 3 cells" in close.band  # two comparisons with the baseline, one between the starts
+
+
+def test_a_baseline_started_twice_is_a_source_of_the_null(tmp_path):
+    plan = [planned(BASE)]
+    bands: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Bands, "add", lambda self, cell, kind, first, second: bands.append(kind))
+        play(tmp_path, plan, repeat=3, answers={BASE: [good(BASE)] * 3})
+    assert bands == ["again", "again"]
 
 
 def test_repeated_attempts_that_disagree_are_flaky_and_a_failure(tmp_path):
