@@ -129,8 +129,9 @@ INTRO = """\
 The oracle's own test. Each defect is put into real workers by name (`additional_config={"helix": {"fault": "NAME"}}`;
 [`fault_merge.py`](../helix_runtime/vllm_plugin/fault_merge.py),
 [`fault_cache.py`](../helix_runtime/vllm_plugin/fault_cache.py)), and its cell must come out as `fail` or `unproven`.
-`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer,
-for one query head, for the tokens at every Nth position, or beyond N tokens.
+`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer, on
+one rank of each group, in every Kth attention call, for one query head, for the tokens at every Nth position, or beyond
+N tokens.
 
     ./test_helix.sh --suite faults                            # exit status 1 where one is not caught
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
@@ -158,8 +159,9 @@ def markdown(made: Table) -> str:
         f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
         f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
         f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. "
-        f"{len(loud)} cells change some output by more than the null's 99.9 % point; "
-        f"{sum(item.caught for item in loud)} of these are caught. Judged by:",
+        f"{len(loud)} of the {sum(item.over_point is not None for item in made.rows)} cells whose run told the null's "
+        f"99.9 % point change some output by more than that; {sum(item.caught for item in loud)} of these are caught. "
+        "Judged by:",
         "",
         *(f"- {band}" for band in made.bands),
         "",

@@ -54,7 +54,8 @@ def test_the_page_counts_what_is_over_the_point(tmp_path):
         tmp_path / "a", result(statistics=(loud, CHANGE)), result(Verdict.PASS, (loud,), fault="swap-chunks"),
         result(Verdict.PASS, (quiet,), fault="lse-last-bit"),
     )])  # fmt: skip
-    assert "2 cells change some output by more than the null's 99.9 % point; 1 of these are caught" in markdown(made)
+    assert "2 of the 3 cells whose run told the null's 99.9 % point change some output" in markdown(made)
+    assert "by more than that; 1 of these are caught" in markdown(made)
 
 
 def test_a_missing_answer_has_no_effect_size():
