@@ -54,6 +54,9 @@ def judge(
     told = (
         f"null band {band.name}: {sum(source.steps for source in band.sources if source.used):,} steps; "
         f"false-alarm rate {rate:g} a run of {cells} cell{'s' if cells != 1 else ''}"
+        + "".join(
+            f"; left out, {source.kind} {source.candidate}: {source.why}" for source in band.sources if source.why
+        )
     )
     common = {
         "forced": found.forced, "statistics": statistics, "curve": curve, "band": told,
@@ -71,16 +74,19 @@ def judge(
 
 
 def _check_lists(baseline: Transcript, candidate: Transcript) -> None:
-    """ValueError unless both hold the same number of logprobs of each step, and enough of them."""
+    """ValueError unless both hold the same number of logprobs of each step, and enough of them, and the baseline every
+    step that it was asked for."""
     if baseline.top_k != candidate.top_k:
         raise ValueError(f"{candidate.cell_id} holds the top {candidate.top_k} of each step, not {baseline.top_k}")
-    if baseline.vocab_size < LEAST_TOP:
-        return
-    if baseline.top_k < LEAST_TOP:
+    small = baseline.vocab_size < LEAST_TOP
+    if baseline.top_k < LEAST_TOP and not small:
         raise ValueError(f"the top {baseline.top_k} of each step is too little; ask for at least {LEAST_TOP} logprobs")
     for answer in baseline.answers:
+        if len(answer.steps) + answer.waived < answer.asked:
+            took = f"{len(answer.steps)} of {answer.asked} tokens of prompt {answer.prompt}"
+            raise ValueError(f"{baseline.cell_id} is no reference: it gave {took}")
         for index, step in enumerate(answer.steps):
-            if len(step.top) < baseline.top_k:
+            if len(step.top) < baseline.top_k and not small:
                 said = f"step {index} of prompt {answer.prompt} lists {len(step.top)} tokens of {baseline.top_k}"
                 raise ValueError(f"{baseline.cell_id}: {said}")
 

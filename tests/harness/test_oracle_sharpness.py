@@ -130,6 +130,20 @@ def test_too_few_logprobs_are_not_judged():
         judge(cut(BASE, 5, 20), right, BAND)
 
 
+def test_a_baseline_that_stopped_short_is_no_reference():
+    """One step of 24 a prompt: what is left would agree, on 18 steps."""
+    short = tuple(a.model_copy(update={"steps": a.steps[:1], "asked": 24}) for a in BASE.answers)
+    with pytest.raises(ValueError, match="no reference: it gave 1 of 24 tokens of prompt boundary-0"):
+        judge(BASE.model_copy(update={"answers": short}), server(NOISE, 3), BAND)
+
+
+def test_a_pair_that_was_left_out_of_the_null_is_told():
+    wrong = server(1e-2, 4, cell="cpu/standard-tp/CPU_ATTN/made/tp2")
+    pairs = [NullPair("tp size", BASE, wrong), NullPair("again", BASE, server(NOISE, 2))]
+    found = judge(BASE, server(NOISE, 3), calibrate(pairs, name="n", model="recipe:made", spread=SPREAD))
+    assert "; left out, tp size cpu/standard-tp/CPU_ATTN/made/tp2: its median change is" in found.band
+
+
 def test_a_candidate_that_lists_fewer_tokens_than_its_baseline_has_not_answered():
     found = judge(BASE, cut(server(NOISE, 3), 19, 20), BAND)
     assert not found.agree and "step 0 lists 19 tokens of 20" in found.reason
