@@ -15,6 +15,7 @@ from harness.result import CellResult, Statistic
 from harness.verdict import CAUGHT, Verdict
 
 PROOF = "proof of path"
+DEATH = "failed self-test, or two deaths while answering"
 _NOT_RUN = (Verdict.SKIP, Verdict.STALE)
 
 
@@ -82,7 +83,7 @@ def row(result: CellResult) -> Row:
         "why": result.declared_why if result.declared is not Verdict.FAIL else "",
     }  # fmt: skip
     if not beyond:
-        return Row(**common, statistic=PROOF if result.verdict is Verdict.UNPROVEN else "")
+        return Row(**common, statistic={Verdict.UNPROVEN: PROOF, Verdict.FAIL: DEATH}.get(result.verdict, ""))
     worst = max((item for item in beyond if item.bound), key=effect, default=beyond[0])
     return Row(
         **common,

@@ -5,7 +5,7 @@ import pytest
 from harness.cell import Cell, Mode
 from harness.cli import main
 from harness.ledger import Ledger
-from harness.oracle.caught import PROOF, markdown, row, table
+from harness.oracle.caught import DEATH, PROOF, markdown, row, table
 from harness.result import CellResult, Statistic
 from harness.verdict import Verdict
 
@@ -67,6 +67,11 @@ def test_a_missing_answer_has_no_effect_size():
 def test_a_fallback_is_caught_by_its_proof():
     made = row(result(Verdict.UNPROVEN, (FINE,)))
     assert made.caught and made.statistic == PROOF
+
+
+def test_a_cell_that_fails_without_a_comparison_is_caught_by_its_death():
+    made = row(result(statistics=()))
+    assert made.caught and made.statistic == DEATH and made.over_point is None
 
 
 def run_of(folder, *made: CellResult):

@@ -70,6 +70,14 @@ def test_whose_chunk_each_of_four_ranks_gets(spec, arrives):
         assert output[:, 0].tolist() == order
 
 
+def test_a_worker_that_dies_dies_in_the_call_that_is_named():
+    armed = make_fault("dies:call=2")
+    first, second = site(), site(layer=3)
+    armed.at(first).partial(torch.zeros(1, 1, 1), torch.zeros(1, 1), first)
+    with pytest.raises(RuntimeError, match="KVP rank 1 dies in layer 3"):
+        armed.at(second).partial(torch.zeros(1, 1, 1), torch.zeros(1, 1), second)
+
+
 def test_no_fault_changes_nothing():
     output, lse = torch.randn(2, 4, 3), torch.randn(2, 4)
     same_output, same_lse = make_fault(None).at(site()).partial(output, lse, site())
@@ -100,7 +108,7 @@ def test_stale_lse_is_that_of_the_call_before():
     "spec", ["typo", "drop-shard:never", "drop-shard:layer=x", "lse-base-2:head=1", "no-combine:call=0"]
 )
 def test_unknown_words_list_the_known(spec):
-    with pytest.raises(HelixRefusal, match=r"there are: double-shard, drop-shard|allowed: batch"):
+    with pytest.raises(HelixRefusal, match=r"there are: dies, double-shard, drop-shard|allowed: batch"):
         make_fault(spec)
 
 
