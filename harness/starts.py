@@ -125,7 +125,7 @@ def groups() -> Iterator[tuple[Group, list[Cell]]]:
 
 
 def _held_out() -> Iterator[tuple[Group, list[Cell]]]:
-    """The first FIRST starts. Two ranks wherever they show the same as four, which answer five times as slowly where two
+    """The first FIRST starts. Two ranks wherever they show the same as four, which answer far more slowly where two
     cores share them. TP4 beside one TP2, so that standard TP is itself among what is judged."""
     tp, dcp, gqa, mla = Mode.STANDARD_TP, Mode.STANDARD_DCP, Mode.HELIX_GQA, Mode.HELIX_MLA
     k4 = Group(model="recipe:llama-k4-seed3", tp=2)
