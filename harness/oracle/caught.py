@@ -96,9 +96,9 @@ def row(result: CellResult) -> Row:
 
 
 def _served(result: CellResult) -> str:
-    """What tells cells with the same defect apart: options that make a second chunk, a hit or a preemption."""
-    serve = dict(result.cell.serve)
-    told = {"max-num-batched-tokens": "chunks of {}", "num-gpu-blocks-override": "{} blocks"}
+    """What tells cells with the same defect apart: dtype, options that make a second chunk, a hit or a preemption."""
+    serve = {name: value for name, value in result.cell.serve if (name, value) != ("dtype", "float32")}
+    told = {"dtype": "{}", "max-num-batched-tokens": "chunks of {}", "num-gpu-blocks-override": "{} blocks"}
     return ", ".join(text.format(serve[name]) for name, text in told.items() if name in serve)
 
 
