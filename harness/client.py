@@ -133,6 +133,7 @@ class _Asker:
             batch=prompt.batch,
             forced=followed,
             steps=steps,
+            asked=prompt.max_tokens,
             waived=prompt.max_tokens - prompt.abort_after if prompt.abort_after else 0,
         )
 

@@ -14,6 +14,9 @@ from harness.server.log import Cause
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
+#: How the refusal of a worker begins whose start-up self-test failed (`helix_runtime/vllm_plugin/self_test.py`).
+SELF_TEST = "self-test of the"
+
 
 class Observation(NamedTuple):
     verdict: Verdict
@@ -68,6 +71,9 @@ def _refusal(item: PlannedCell, attempt: Attempt) -> Observation:
 
 def _failed(attempt: Attempt) -> Observation:
     failure = attempt.failure
+    if failure.cause is Cause.REFUSED and SELF_TEST in failure.reason:
+        # No rule of the documentation: the exchange merged known partials wrongly, and the server said so.
+        return Observation(Verdict.FAIL, failure.reason)
     if failure.cause is Cause.REFUSED:
         return Observation(Verdict.REJECTED, failure.reason)
     when = "while answering" if attempt.started else "at start"
@@ -95,10 +101,14 @@ def _without_band(item: PlannedCell, transcript: Transcript) -> Observation:
 
 
 def _reference(transcript: Transcript) -> Observation:
-    """A cell that others are compared with: it passes when it answered all."""
+    """A cell that others are compared with: it passes when it answered all, to the last token that was asked for."""
     silent = [answer.prompt for answer in transcript.answers if not answer.steps]
     if silent:
         return Observation(Verdict.ERROR, f"no answer to {len(silent)} prompts, the first is {silent[0]}")
+    short = [answer for answer in transcript.answers if len(answer.steps) + answer.waived < answer.asked]
+    if short:
+        took = f"the first is {short[0].prompt}: {len(short[0].steps)} of {short[0].asked}"
+        return Observation(Verdict.ERROR, f"{len(short)} prompts got fewer tokens than were asked for; {took}")
     numberless = sum(not math.isfinite(step.logprob) for answer in transcript.answers for step in answer.steps)
     if numberless:
         return Observation(Verdict.ERROR, f"{numberless} steps of a reference hold no number (NaN or infinity)")
@@ -144,6 +154,13 @@ def dropped(transcript: Transcript) -> str | None:
     return None
 
 
+def longest_written(transcript: Transcript) -> int:
+    """Tokens of the longest sequence whose keys and values were written: those of its last token never are."""
+    return max(
+        (answer.prompt_length + len(answer.steps) - 1 for answer in transcript.answers if answer.steps), default=0
+    )
+
+
 def uncached(cell: Cell, attempt: Attempt) -> str | None:
     """What is wrong with the claim that a repeated prompt reads what ranks hold of it already; None if nothing is.
 
@@ -164,7 +181,11 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         return Observation(verdict, judgement.reason, judgement)
     if not judgement.forced:
         return Observation(Verdict.UNPROVEN, judgement.reason, judgement)
-    unproven = check_proof(item.cell, attempt.proofs) or dropped(attempt.transcript) or uncached(item.cell, attempt)
+    unproven = (
+        check_proof(item.cell, attempt.proofs, longest_written(attempt.transcript))
+        or dropped(attempt.transcript)
+        or uncached(item.cell, attempt)
+    )
     if unproven:
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)
     if item.cell.fault:
@@ -172,6 +193,32 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         return Observation(Verdict.PASS, f"the defect {item.cell.fault} was {said}: {judgement.reason}", judgement)
     verdict = Verdict.XPASS if item.declared is Verdict.XFAIL else Verdict.PASS
     return Observation(verdict, judgement.reason, judgement)
+
+
+def between_starts(
+    seen: Observation, first: Transcript, second: Transcript, band: Band | None, cells: int = 1
+) -> Observation:
+    """`seen`, what a cell's further start showed, with how far its answers are from those of its first start.
+
+    Two starts of one server may differ as two right servers do, no more: beyond that the cell is `flaky`.
+    """
+    if band is None:
+        return seen
+    try:
+        judgement = judge(first, second, band, cells=cells)
+    except ValueError as problem:
+        return Observation(Verdict.ERROR, f"cannot compare two starts: {problem.args[0]}")
+    if not judgement.agree:
+        return Observation(Verdict.FLAKY, f"two starts of it differ: {judgement.reason}", judgement)
+    if seen.judgement is None:
+        return seen._replace(reason=f"{seen.reason}; another start of it: {judgement.reason}")
+    largest = tuple(
+        item.model_copy(update={"name": f"between two starts, {item.name}"})
+        for item in judgement.statistics
+        if item.name.endswith("largest logprob change")
+    )
+    statistics = (*seen.judgement.statistics, *largest)
+    return seen._replace(judgement=seen.judgement.model_copy(update={"statistics": statistics}))
 
 
 def with_capacity(seen: Observation, found: Statistic | None) -> Observation:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from harness.attempts import RETRIES, settle, worth_again
+from harness.attempts import RETRIES, died_answering, settle, worth_again
 from harness.bench.cells import run_bench
 from harness.bench.measure import Where
 from harness.capacity import capacity
@@ -24,8 +24,8 @@ from harness.interrupts import deaf
 from harness.ledger import Ledger, clock_jumps, now, read
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
-from harness.observe import Observation, observe, with_capacity
-from harness.oracle.bands import BATCH, TP_SIZE, Bands
+from harness.observe import Observation, between_starts, observe, with_capacity
+from harness.oracle.bands import AGAIN, BATCH, TP_SIZE, Bands
 from harness.references import References
 from harness.result import CellResult, Phase
 from harness.resume import NOTHING, Setting, code_key, fingerprint, keep, saved
@@ -113,7 +113,9 @@ class _Run:
         self.results: dict[str, CellResult] = {}
         self.references = References()  # of finished baselines
         self.bands = Bands(run_dir / "bands")
-        self.judged = sum(item.baseline is not None and item.skip is None for item in self.plan)
+        # What is judged: each cell at each start, and each further start against the first.
+        several = 2 * max(repeat, 1) - 1
+        self.judged = several * sum(item.baseline is not None and item.skip is None for item in self.plan)
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
         self.repeat = repeat
         self.setting = Setting(
@@ -282,11 +284,16 @@ class _Run:
 
     def _attempts(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation, int]:
         """(last attempt, verdict of all, how many there were in this run)."""
-        judged, lost, number = list(self.kept.judged.get(item.cell.key, ())), [], 0
-        wanted = max(self.repeat, 1)
+        judged, lost, number, deaths = list(self.kept.judged.get(item.cell.key, ())), [], 0, 0
+        compared = item.baseline is not None and not item.cell.baseline and item.declared is not Verdict.REJECTED
+        wanted, first = max(self.repeat, 1), None
         while True:
             attempt, seen = self._try(item, follow)
             number += 1
+            if first is not None and seen.verdict is Verdict.PASS:
+                seen = self._again(item, seen, first, attempt.transcript)
+            elif seen.verdict is Verdict.PASS:
+                first = attempt.transcript
             if self.executor.cancel.is_set():
                 return attempt, seen, number
             failure = attempt.failure if attempt else None
@@ -294,7 +301,8 @@ class _Run:
             self.ledger.attempt(item.cell.id, self.keys[item.cell.key], number, seen.verdict, seen.reason, cause)
             if seen.verdict is Verdict.ERROR:
                 lost.append(seen.reason)
-                if attempt is None or len(lost) > RETRIES or not worth_again(failure, attempt.started):
+                deaths += compared and attempt is not None and died_answering(failure, attempt.started)
+                if attempt is None or len(lost) > RETRIES or not worth_again(failure, attempt.started, compared):
                     break
                 self.progress(f"again     {item.cell.id}: lost to infrastructure: {seen.reason}")
             else:
@@ -302,7 +310,7 @@ class _Run:
                 wanted -= 1
                 if not wanted:
                     break
-        return attempt, settle(judged, lost, seen), number
+        return attempt, settle(judged, lost, seen, deaths), number
 
     def _try(self, item: PlannedCell, follow: Transcript | None) -> tuple[Attempt | None, Observation]:
         """One attempt at a cell, judged."""
@@ -328,6 +336,12 @@ class _Run:
             said = f"{type(problem).__name__}: {problem} ({Path(where.filename).name}:{where.lineno})"
             seen = Observation(Verdict.ERROR, said)
         return attempt, seen
+
+    def _again(self, item: PlannedCell, seen: Observation, first: Transcript, second: Transcript) -> Observation:
+        """`seen` of a further start of a cell, compared with its first; of a baseline, a source of the null as well."""
+        if item.cell.baseline:
+            self.bands.add(item.cell, AGAIN, first, second)
+        return between_starts(seen, first, second, self.bands.of(self._base(item)), self.judged)
 
     def _base(self, item: PlannedCell) -> Cell:
         """The standard-TP cell whose band holds for `item`: itself for a baseline, else the one it is compared with."""

@@ -56,7 +56,8 @@ class Answer(Frozen):
     `prompt`: its name, the same in both transcripts. `kind`: its class, for statistics. `prompt_length`: tokens.
     `batch`: the number of the group of prompts that were sent at the same time, 0: alone. `forced`: the tokens were
     imposed (those of the baseline); where they were chosen freely, two answers are compared up to where they part.
-    `waived`: tokens that were asked for and not waited for, because the client hung up after these steps.
+    `waived`: tokens that were asked for and not waited for, because the client hung up after these steps. `asked`:
+    tokens that were asked for, 0 where nobody says; a baseline with fewer steps is no reference.
     """
 
     prompt: str
@@ -66,6 +67,7 @@ class Answer(Frozen):
     forced: bool
     steps: tuple[Step, ...]
     waived: int = 0
+    asked: int = 0
 
 
 class Counts(Frozen):

@@ -41,7 +41,9 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.FAIL: Meaning(
         Effect.DIFFERS,
         "✗",
-        "answers differ from standard TP, KV capacity from what the layout promises, or no declared refusal came",
+        "answers differ from standard TP, KV capacity from what the layout promises, or no declared refusal came; the "
+        "self-test of the exchange failed at start; or the server died or hung while answering, twice, where its "
+        "baseline answered all",
     ),
     Verdict.XFAIL: Meaning(Effect.OK, "⊘", "known limitation, seen again"),
     Verdict.XPASS: Meaning(Effect.DIFFERS, "!", "known limitation is gone: update the declared table"),
@@ -49,7 +51,9 @@ TABLE: dict[Verdict, Meaning] = {
     Verdict.UNPROVEN: Meaning(Effect.DIFFERS, "?", "answers agree, but nothing proves that the claimed path ran"),
     Verdict.ERROR: Meaning(Effect.INFRASTRUCTURE, "⚠", "infrastructure failed; says nothing about Helix"),
     Verdict.SKIP: Meaning(Effect.NEUTRAL, "–", "this host cannot run it; the reason is given"),
-    Verdict.FLAKY: Meaning(Effect.DIFFERS, "≈", "attempts disagree"),
+    Verdict.FLAKY: Meaning(
+        Effect.DIFFERS, "≈", "attempts disagree, or two starts of one cell differ by more than right servers do"
+    ),
     Verdict.STALE: Meaning(Effect.NEUTRAL, "∅", "recorded for other code or versions; run again"),
 }
 

@@ -31,6 +31,8 @@ REUSE_BATCH = 5
 ABORTED = ((40, 1), (150, 3), (220, 6))
 ABORTED_TOKENS = 1000
 NEEDLE_LENGTH = 600
+#: No more seats than these are filled: the server of a GPU has hundreds.
+MOST_SEATS = 32
 FIRST_WORD = 4  # below are special tokens
 
 
@@ -101,6 +103,7 @@ def workload_of(cell: Cell, vocab: int, max_model_len: int) -> Workload:
         seed=int(serve.get("seed", 0)),
         retrieves=cell.model if "-retrieve" in cell.model else None,
         longest=LONGEST.get(cell.hardware),
+        seats=int(serve.get("max-num-seqs", 0)),
     )
 
 
@@ -113,8 +116,10 @@ def make_workload(
     seed: int = 0,
     retrieves: str | None = None,
     longest: int | None = None,
+    seats: int = 0,
 ) -> Workload:
     """`retrieves` names a recipe that looks things up, which is asked for needles as well. `longest` bounds prompts.
+    `seats`: requests that the server runs at the same time, which one batch fills; 0: not known.
 
     Raises KeyError for an unknown profile, ValueError when the context is too short to ask anything.
     """
@@ -155,6 +160,13 @@ def make_workload(
     for length in budget.batch_lengths:
         if fits(length, budget.batched):
             why = "one of a full batch of mixed lengths: rows must not read each other's shards"
+            add("batch", why, length, budget.batched, batch=1)
+    taken = sum(prompt.batch == 1 for prompt in prompts)
+    for number in range(min(seats, MOST_SEATS) - taken):
+        # Each begins a new block, and a new run of its owner, while the batch is full: a small cache runs out here.
+        length = 2 * block - 4 - number % (block // 4)
+        if fits(length, budget.batched):
+            why = f"takes one of the {seats} seats that are left, and grows past {2 * block} tokens in a full batch"
             add("batch", why, length, budget.batched, batch=1)
     if budget.aborts:
         aborted = [(length, after) for length, after in ABORTED if fits(length, 2 * budget.batched)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.frozen import Frozen
+from harness.oracle.band import measured_with
 from harness.oracle.clean import Clean, clean_comparisons
 from harness.oracle.measure import Rates, beyond, measure
 from harness.oracle.saved import Saved, find
@@ -56,8 +57,9 @@ class Alarm(Frozen):
 
 class Table(Frozen):
     """`rates`: of all comparisons. `as_run`: of those that a run makes, of a server that follows with the baseline that
-    chose freely; `starts`: servers among the latter, baselines included. `identical` comparisons had no change in any
-    step; they are not counted in any `n`.
+    chose freely; `starts`: servers among the latter, baselines included. `held_out`: of `as_run`, those of models that
+    no shipped band was measured with, so that nothing that judges them has seen them. `identical` comparisons had no
+    change in any step; they are not counted in any `n`.
     """
 
     transcripts: int
@@ -66,6 +68,7 @@ class Table(Frozen):
     rates: tuple[Rate, ...]
     starts: int
     as_run: tuple[Rate, ...]
+    held_out: tuple[Rate, ...]
     groups: tuple[Group, ...]
     alarms: tuple[Alarm, ...]
 
@@ -96,10 +99,12 @@ def table(saved: Sequence[Saved]) -> Table:
         first, second = item.pair.first, item.pair.second
         groups[f"{second.transcript.dtype}, {second.model}, {first.mode} : {second.mode}"].append(item)
     as_run = [item for item in counted if not item.pair.first.forced]
+    fresh = [item for item in as_run if not measured_with(item.pair.first.transcript.dtype, _recipe(item.pair.first))]
     servers = {saved.path.parent for item in as_run for saved in (item.pair.first, item.pair.second)}
     return Table(
         transcripts=len(saved), steps=sum(len(item.pair.found.steps) for item in counted), identical=identical,
         rates=_rates(counted), starts=len(servers), as_run=_rates(as_run),
+        held_out=_rates(fresh),
         groups=tuple(
             Group(
                 name=name, n=len(items),
@@ -109,6 +114,10 @@ def table(saved: Sequence[Saved]) -> Table:
         ),
         alarms=tuple(_alarm(item) for item in counted if any(item.alarms)),
     )  # fmt: skip
+
+
+def _recipe(saved: Saved) -> str:
+    return f"recipe:{saved.model}"
 
 
 def _rates(some: Sequence[Judged]) -> tuple[Rate, ...]:
@@ -151,6 +160,9 @@ def told(made: Table) -> str:
         "",
         f"Of these, {made.as_run[0].n} are what a run compares: {made.starts} server starts, each with its baseline.",
         *_shares(made.as_run),
+        "",
+        f"Of these, {made.held_out[0].n} are of models that no shipped band was measured with: out of sample.",
+        *_shares(made.held_out),
     ]
     stated = " | ".join(f"at {rate:.2%}" for rate in RATES)
     lines += ["", f"| dtype, model, modes | comparisons | {stated} |", "| --- " * (len(RATES) + 2) + "|"]

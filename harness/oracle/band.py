@@ -29,7 +29,8 @@ class Source(Frozen):
     """One pair of standard-TP transcripts that the band was measured from.
 
     `kind`: what differed: `tp size`, `batch composition`, `again`. `identical`: share of steps without any change; a
-    pair in which most steps are identical says that nothing was reordered and is listed, not used.
+    pair in which most steps are identical says that nothing was reordered and is listed, not used. `median`: of the
+    decode steps that changed, in nats. `why`: why it is not used, where it is not for being identical.
     """
 
     kind: str
@@ -39,6 +40,8 @@ class Source(Frozen):
     steps: int
     identical: float
     used: bool
+    median: float = 0.0
+    why: str = ""
 
 
 class Row(Frozen):
@@ -169,7 +172,7 @@ def shipped(dtype: str, model: str) -> Band:
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json"))) or "none"
         raise KeyError(f"no null band for {dtype} and models of kind {kind_of(model)}; shipped: {names}")
     band = Band.load(path)
-    if any(f"/{model.removeprefix(PREFIX)}/" in source.baseline for source in band.sources):
+    if _names(band, model):
         return band
     return band.model_copy(
         update={
@@ -178,6 +181,16 @@ def shipped(dtype: str, model: str) -> Band:
             "decode": band.decode.louder(TRANSFER),
         }
     )
+
+
+def measured_with(dtype: str, model: str) -> bool:
+    """Whether the shipped band of `dtype` was measured with `model`: what is judged of it is then not out of sample."""
+    path = SHIPPED / f"{dtype}-{kind_of(model)}.json"
+    return path.is_file() and _names(Band.load(path), model)
+
+
+def _names(band: Band, model: str) -> bool:
+    return any(f"/{model.removeprefix(PREFIX)}/" in source.baseline for source in band.sources)
 
 
 def measured_elsewhere(dtype: str, model: str) -> tuple[Spread, Shapes]:

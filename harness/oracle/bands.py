@@ -11,6 +11,7 @@ from harness.transcript import Transcript
 
 TP_SIZE = "tp size"
 BATCH = "batch composition"
+AGAIN = "again"
 
 
 class Bands:

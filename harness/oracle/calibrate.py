@@ -21,6 +21,12 @@ LEAST_STEPS = 100  # decode steps of a null that can stand for itself
 MOSTLY = 0.5
 #: Standard TP that differs from itself by more than this on average says nothing about anything, in nats.
 MOST_KL = 0.1
+#: A pair this much louder than the quietest one that is used is no rounding: one of its servers is wrong.
+MOST_LOUDER = 10.0
+#: Nor is a null whose median step changed by more than so many roundings of its dtype. A choice: the shipped
+#: bands lie at 20 to 154. It is for runs with one pair only, which has no quieter one beside it.
+MOST_ROUNDINGS = 4096
+ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 class NullPair(NamedTuple):
@@ -38,21 +44,12 @@ def calibrate(
 
     `spread` and `shapes` cannot be measured from the few pairs of a run; they come with the shipped band.
     """
-    sources: list[Source] = []
-    steps: list[StepChange] = []
-    for kind, baseline, candidate in pairs:
-        found = [step for step in compare(baseline, candidate).steps if math.isfinite(step.widest)]
-        # Prefill's token is identical wherever the same kernel ran; decode tells whether anything was reordered.
-        decode = [step for step in found if not step.prefill]
-        identical = float(np.mean([step.widest <= RESOLUTION for step in decode])) if decode else 1.0
-        used = identical < MOSTLY
-        steps += found if used else []
-        sources.append(
-            Source(
-                kind=kind, baseline=baseline.cell_id, candidate=candidate.cell_id, prompts=len(baseline.answers),
-                steps=len(found), identical=identical, used=used,
-            )
-        )  # fmt: skip
+    compared = [
+        (pair, [step for step in compare(pair.baseline, pair.candidate).steps if math.isfinite(step.widest)])
+        for pair in pairs
+    ]
+    sources = _chosen([_source(pair, found) for pair, found in compared])
+    steps = [step for source, (_, found) in zip(sources, compared, strict=True) if source.used for step in found]
     decode = [step for step in steps if not step.prefill]
     if len(decode) < LEAST_STEPS:
         said = ", ".join(f"{source.kind} {source.identical:.0%} identical" for source in sources) or "no pairs"
@@ -60,12 +57,43 @@ def calibrate(
     kl = float(np.mean([step.kl for step in decode]))
     if kl > MOST_KL:
         raise ValueError(f"standard TP differs from itself by {kl:.2g} nat on average: nothing can be compared with it")
+    dtype, middle = pairs[0].baseline.dtype, float(np.median([step.widest for step in decode]))
+    if middle > MOST_ROUNDINGS * ROUNDING.get(dtype, math.inf):
+        raise ValueError(
+            f"standard TP differs from itself by {middle:.2g} nat in the median step, {middle / ROUNDING[dtype]:,.0f} "
+            f"roundings of {dtype} where {MOST_ROUNDINGS:,} is the most that rounding is taken for: one of two is wrong"
+        )
     prefill = [step for step in steps if step.prefill]
     floor = max(RESOLUTION, QUIET * float(np.median([step.widest for step in decode])))
     first = pairs[0].baseline
     return Band(
-        name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=tuple(sources), floor=floor,
+        name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=sources, floor=floor,
         prefill=_phase(prefill, decode, floor, shapes), decode=_phase(decode, decode, floor, shapes), spread=spread,
+    )  # fmt: skip
+
+
+def _source(pair: NullPair, found: Sequence[StepChange]) -> Source:
+    """What a pair has to say: `found` are its steps. Most of decode identical: it is listed and not used."""
+    # Prefill's token is identical wherever the same kernel ran; decode tells whether anything was reordered.
+    changes = [step.widest for step in found if not step.prefill]
+    changed = [change for change in changes if change > RESOLUTION]
+    identical = 1 - len(changed) / len(changes) if changes else 1.0
+    return Source(
+        kind=pair.kind, baseline=pair.baseline.cell_id, candidate=pair.candidate.cell_id,
+        prompts=len(pair.baseline.answers), steps=len(found), identical=identical, used=identical < MOSTLY,
+        median=float(np.median(changed)) if changed else 0.0,
+    )  # fmt: skip
+
+
+def _chosen(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The sources, without the use of those that are far louder than the quietest one that is used."""
+    quietest = min((source.median for source in sources if source.used), default=0.0)
+    most = MOST_LOUDER * quietest
+    return tuple(
+        source.model_copy(update={"used": False, "why": f"its median change is {source.median:.2g} nat, more than "
+                                  f"{MOST_LOUDER:g} times the {quietest:.2g} of the quietest pair"})
+        if source.used and source.median > most else source
+        for source in sources
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from harness.result import CellResult, Statistic
 from harness.verdict import CAUGHT, Verdict
 
 PROOF = "proof of path"
+DEATH = "failed self-test, or two deaths while answering"
 _NOT_RUN = (Verdict.SKIP, Verdict.STALE)
 
 
@@ -22,7 +23,9 @@ class Row(Frozen):
     """One defect in one cell. `statistic`, `value`, `bound` of the statistic that is furthest beyond its bound.
 
     `effect`: see `effect`, None where the bound is 0 or nothing is beyond; `beyond`: names of all that are beyond.
-    `how`: the verdict's own sentence.
+    `over_point`: the largest logprob change, over the 99.9 % point of the largest that a clean cell of as many steps
+    has: above 1 the defect changes some output by more than rounding does in 999 of 1,000 cells. None where nothing was
+    compared. `how`: the verdict's own sentence.
     """
 
     fault: str
@@ -36,6 +39,7 @@ class Row(Frozen):
     value: float | None = None
     bound: float | None = None
     effect: float | None = None
+    over_point: float | None = None
     beyond: tuple[str, ...] = ()
     how: str = ""
     why: str = ""
@@ -61,6 +65,12 @@ def effect(statistic: Statistic) -> float:
     return math.sqrt(ratio) if "KL" in statistic.name else ratio
 
 
+def over_point(result: CellResult) -> float | None:
+    """The largest logprob change of prefill or decode over the null's 99.9 % point of it, whichever is more."""
+    largest = [item for item in result.statistics if item.name.endswith("largest logprob change") and item.null]
+    return max((item.value / item.null for item in largest), default=None)
+
+
 def row(result: CellResult) -> Row:
     """The row of a cell with a defect."""
     cell = result.cell
@@ -69,10 +79,11 @@ def row(result: CellResult) -> Row:
     common = {
         "fault": cell.fault, "cell": cell.id, "mode": str(cell.mode), "layout": " ".join(filter(None, parts)),
         "verdict": result.verdict, "declared": result.declared, "caught": result.verdict in CAUGHT,
-        "how": result.reason, "why": result.declared_why if result.declared is not Verdict.FAIL else "",
+        "over_point": over_point(result), "how": result.reason,
+        "why": result.declared_why if result.declared is not Verdict.FAIL else "",
     }  # fmt: skip
     if not beyond:
-        return Row(**common, statistic=PROOF if result.verdict is Verdict.UNPROVEN else "")
+        return Row(**common, statistic={Verdict.UNPROVEN: PROOF, Verdict.FAIL: DEATH}.get(result.verdict, ""))
     worst = max((item for item in beyond if item.bound), key=effect, default=beyond[0])
     return Row(
         **common,
@@ -85,9 +96,9 @@ def row(result: CellResult) -> Row:
 
 
 def _served(result: CellResult) -> str:
-    """What tells cells with the same defect apart: options that make a second chunk, a hit or a preemption."""
-    serve = dict(result.cell.serve)
-    told = {"max-num-batched-tokens": "chunks of {}", "num-gpu-blocks-override": "{} blocks"}
+    """What tells cells with the same defect apart: dtype, options that make a second chunk, a hit or a preemption."""
+    serve = {name: value for name, value in result.cell.serve if (name, value) != ("dtype", "float32")}
+    told = {"dtype": "{}", "max-num-batched-tokens": "chunks of {}", "num-gpu-blocks-override": "{} blocks"}
     return ", ".join(text.format(serve[name]) for name, text in told.items() if name in serve)
 
 
@@ -119,15 +130,18 @@ INTRO = """\
 The oracle's own test. Each defect is put into real workers by name (`additional_config={"helix": {"fault": "NAME"}}`;
 [`fault_merge.py`](../helix_runtime/vllm_plugin/fault_merge.py),
 [`fault_cache.py`](../helix_runtime/vllm_plugin/fault_cache.py)), and its cell must come out as `fail` or `unproven`.
-`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer,
-for one query head, for the tokens at every Nth position, or beyond N tokens.
+`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer, on
+one rank of each group, in every Kth attention call, for one query head, for the tokens at every Nth position, or beyond
+N tokens.
 
     ./test_helix.sh --suite faults                            # exit status 1 where one is not caught
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
 
 "value" is that of the statistic furthest beyond its bound (value / bound, of a KL its root), "statistics beyond" how
-many are. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The ledgers
-behind the committed table, and more on what was not caught, are in
+many are. "over the point" is the largest logprob change over the 99.9 % point of the largest that a clean cell with as
+many steps has, which one clean cell in a thousand exceeds: above 1, the defect changes some output by more than
+rounding does. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The
+ledgers behind the committed table, and more on what was not caught, are in
 [reports/2026-11-24-faults](../reports/2026-11-24-faults/README.md).
 """
 
@@ -138,13 +152,17 @@ def markdown(made: Table) -> str:
 
     names = {item.fault.partition(":")[0] for item in made.rows}
     missed = [item for item in made.rows if not item.caught]
+    loud = [item for item in made.rows if (item.over_point or 0) > 1]
     lines = [
         INTRO,
         "## The table",
         "",
         f"{len(made.rows)} cells with one of {len(names)} defects ({len({item.fault for item in made.rows})} counting "
         f"conditions): {len(made.rows) - len(missed)} caught, {len(missed)} not. "
-        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. Judged by:",
+        f"{made.clean} cells without a defect in the same runs: {made.alarms} alarms. "
+        f"{len(loud)} of the {sum(item.over_point is not None for item in made.rows)} cells whose run told the null's "
+        f"99.9 % point change some output by more than that; {sum(item.caught for item in loud)} of these are caught. "
+        "Judged by:",
         "",
         *(f"- {band}" for band in made.bands),
         "",
@@ -154,12 +172,12 @@ def markdown(made: Table) -> str:
         lines += [f"- `{item.fault}`, {item.mode} {item.layout}: {item.why or item.how}" for item in missed]
         lines += [""]
     lines += [
-        "| defect | cell | caught by | value | bound | value / bound | statistics beyond |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| defect | cell | caught by | value | bound | value / bound | over the point | statistics beyond |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for item in made.rows:
         by = item.statistic or f"**not caught** ({item.verdict})"
-        numbers = [_number(item.value), _number(item.bound), _number(item.effect), str(len(item.beyond) or "–")]
+        numbers = [*map(_number, (item.value, item.bound, item.effect, item.over_point)), str(len(item.beyond) or "–")]
         lines.append(f"| `{item.fault}` | {item.mode} {item.layout} | {by} | {' | '.join(numbers)} |")
     lines += ["", "## What each defect does", ""]
     lines += [f"- `{name}`: {describe(name)}" for name in sorted(names)]

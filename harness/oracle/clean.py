@@ -31,14 +31,15 @@ def clean_comparisons(saved: Sequence[Saved]) -> Iterator[Clean]:
     partners: dict[str, list[Saved]] = defaultdict(list)
     leads: dict[str, Saved] = {}  # of what is not standard TP: the standard TP that a run would compare it with
     for first, second in all_pairs:
-        if first.standard and second.standard:
+        if first.standard and second.standard and second.complete:
             partners[first.key].append(second)
-        elif first.standard and (second.key not in leads or not first.forced):
+        elif first.standard and not second.standard and (second.key not in leads or not first.forced):
             leads[second.key] = first
     bands: dict[tuple[str, str], Band | None] = {}
     for first, second in all_pairs:
         lead = first if first.standard else leads.get(first.key)
-        twice = first.standard and second.standard and second.key < first.key
+        # Two of standard TP come both ways and count once; where one is incomplete they come one way.
+        twice = first.standard and second.standard and second.complete and second.key < first.key
         if lead is None or twice:
             continue
         partner = next((other for other in _nulls(lead, partners[lead.key]) if other.key != second.key), None)

@@ -61,7 +61,7 @@ class StepChange(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A prompt whose answer is absent, short, or to other tokens; `reason` says how."""
+    """A prompt whose answer is absent, short, to other tokens or with too few of them; `reason` says how."""
 
     prompt: str
     reason: str
@@ -101,7 +101,14 @@ def compare(baseline: Transcript, candidate: Transcript) -> Comparison:
             continue
         place = places[reference.prompt]
         compared = _common(reference, answer)
+        short = next((i for i in range(compared) if len(answer.steps[i].top) < len(reference.steps[i].top)), None)
+        if short is not None:  # what a list lacks could not differ
+            compared = short
+            listed = f"step {short} lists {len(answer.steps[short].top)} tokens of {len(reference.steps[short].top)}"
+            missing.append(Missing(reference.prompt, listed))
         steps += [_change(reference, answer, index, place) for index in range(compared)]
+        if short is not None:
+            continue
         if compared < len(reference.steps) and not answer.forced and compared < len(answer.steps):
             # Both chose freely and parted here: the prefix of this step is still the same, that of later ones is not.
             steps.append(_change(reference, answer, compared, place))

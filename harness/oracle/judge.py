@@ -9,6 +9,7 @@ from harness.oracle.measure import NO_NUMBER, Rates, beyond, measure
 from harness.result import CurvePoint, Difference, Statistic
 from harness.transcript import Transcript
 
+LEAST_TOP = 20  # logprobs of a step, unless the vocabulary is smaller: with fewer, most of a change stays unseen
 SHOWN = 5  # differences kept for the reader
 SHOWN_TOP = 5  # tokens of each
 
@@ -37,13 +38,14 @@ def judge(
     """Compare the candidate with the baseline that it followed, as one of `cells` cells of a run.
 
     `rate`: how often such a run, were all its cells right, may raise any alarm. ValueError when the two were not asked
-    the same, or computed in another dtype than the band's.
+    the same, computed in another dtype than the band's, or hold too few logprobs of each step.
     """
     if baseline.workload_key != candidate.workload_key:
         raise ValueError(f"{candidate.cell_id} answered another workload than {baseline.cell_id}")
     for transcript in (baseline, candidate):
         if transcript.dtype != band.dtype:
             raise ValueError(f"the band is for {band.dtype}, {transcript.cell_id} computed in {transcript.dtype}")
+    _check_lists(baseline, candidate)
     found = compare(baseline, candidate)
     rates = Rates(rate / max(1, cells))
     statistics = measure(found, band, rates)
@@ -52,6 +54,9 @@ def judge(
     told = (
         f"null band {band.name}: {sum(source.steps for source in band.sources if source.used):,} steps; "
         f"false-alarm rate {rate:g} a run of {cells} cell{'s' if cells != 1 else ''}"
+        + "".join(
+            f"; left out, {source.kind} {source.candidate}: {source.why}" for source in band.sources if source.why
+        )
     )
     common = {
         "forced": found.forced, "statistics": statistics, "curve": curve, "band": told,
@@ -66,6 +71,24 @@ def judge(
         differences=tuple(_difference(step, baseline, candidate) for step in worst),
         **common,
     )
+
+
+def _check_lists(baseline: Transcript, candidate: Transcript) -> None:
+    """ValueError unless both hold the same number of logprobs of each step, and enough of them, and the baseline every
+    step that it was asked for."""
+    if baseline.top_k != candidate.top_k:
+        raise ValueError(f"{candidate.cell_id} holds the top {candidate.top_k} of each step, not {baseline.top_k}")
+    small = baseline.vocab_size < LEAST_TOP
+    if baseline.top_k < LEAST_TOP and not small:
+        raise ValueError(f"the top {baseline.top_k} of each step is too little; ask for at least {LEAST_TOP} logprobs")
+    for answer in baseline.answers:
+        if len(answer.steps) + answer.waived < answer.asked:
+            took = f"{len(answer.steps)} of {answer.asked} tokens of prompt {answer.prompt}"
+            raise ValueError(f"{baseline.cell_id} is no reference: it gave {took}")
+        for index, step in enumerate(answer.steps):
+            if len(step.top) < baseline.top_k and not small:
+                said = f"step {index} of prompt {answer.prompt} lists {len(step.top)} tokens of {baseline.top_k}"
+                raise ValueError(f"{baseline.cell_id}: {said}")
 
 
 def _agreement(found: Comparison, statistics: tuple[Statistic, ...]) -> str:

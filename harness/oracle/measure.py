@@ -1,9 +1,10 @@
 """The statistics of one comparison, each with its n, its interval, the null's own value and, if judged, its bound.
 
-Judged are: missing answers; the largest change and the largest KL of a step, for defects that hit few steps; and how
-loud the changes are on the whole and in each group of steps, for defects that hit many steps a little. The others are
-shown: a best token cannot be lost beyond twice the largest change without that change, and means of KL follow from
-both.
+Judged are: missing answers; the largest change (of any token, and of the imposed one) and the largest KL of a step, for
+defects that hit few steps; the number of decode steps beyond the null's 99.9 % point, for defects that hit some steps
+by less than a largest value needs; and how loud the changes are on the whole and in each group of steps, for defects
+that hit many steps a little. The others are shown: a best token cannot be lost beyond twice the largest change without
+that change, and means of KL follow from both.
 """
 
 import math
@@ -22,11 +23,11 @@ NO_NUMBER = 9999.0
 LEAST_GROUP = 8  # steps of a group that is judged for itself
 #: Of a largest value, the null's own number is its 99.9 % point: one clean cell in a thousand goes beyond.
 POINT = 1e-3
-LARGEST = 4  # statistics of the largest kind: change and KL, of prefill and of decode
+LARGEST = 7  # largest change, change of the imposed token and KL, of prefill and of decode; steps beyond, of decode
 
 
 class Rates:
-    """How the false-alarm rate of a cell is shared: half among the largest values, half among the levels."""
+    """How the false-alarm rate of a cell is shared: half among what single steps do, half among the levels."""
 
     def __init__(self, cell: float):
         self.cell = cell
@@ -82,11 +83,16 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
             max(step.widest for step in steps), widest, "nat", null=null.change.bound(POINT, n, spread),
         ),
         of(
+            "largest change of the imposed token",
+            max(step.change for step in steps), widest, "nat", null=null.change.bound(POINT, n, spread),
+        ),
+        of(
             "largest KL of the top tokens",
             max(step.kl for step in steps), null.distance.bound(rates.largest, n, spread) ** 2 / 2, "nat",
             null=null.distance.bound(POINT, n, spread) ** 2 / 2,
         ),
         of("best token lost despite its margin", len(lost), 0, "steps", note=said),
+        *([] if phase == "prefill" else [_beyond_point(steps, band, rates.largest)]),
         _loudness(phase, steps, band, rate, group=False),
         _mean(f"{phase}: mean KL of the top tokens", steps, lambda step: step.kl, null.kl),
         _mean(f"{phase}: mean change of the imposed token", steps, lambda step: step.change, null.forced),
@@ -94,6 +100,22 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
         of("same best token", kept / n, None, "share", low=share.low, high=share.high, null=null.agreement),
         of("worst rank of the baseline's best token", max(step.rank for step in steps), None, "rank"),
     ]  # fmt: skip
+
+
+def _beyond_point(steps: Sequence[StepChange], band: Band, rate: float) -> Statistic:
+    """How many decode steps lie beyond what one null step in a thousand exceeds.
+
+    Where the cell is on the whole louder than the null, so is its point: how much right servers differ as a whole is
+    the levels' business, and would otherwise decide this count. What is left open is how well that is known.
+    """
+    null, n = band.decode, len(steps)
+    ratio, error, _ = log_ratio(steps, null, band.floor)
+    point, louder = null.change.point(POINT), max(1.0, math.exp(ratio))
+    return Statistic(
+        name="decode: steps beyond the null's 99.9 % point", value=sum(step.widest > point * louder for step in steps),
+        bound=null.change.count_bound(point, rate, n, math.hypot(error, band.spread.group)), n=n, unit="steps",
+        null=POINT * n, note=f"counted beyond {point * louder:.2g} nat",
+    )  # fmt: skip
 
 
 def _mean(name: str, steps: Sequence[StepChange], value: Callable[[StepChange], float], null: float | None):

@@ -6,8 +6,11 @@ from harness.cell import Cell, Mode
 from helix_runtime.proof import RankProof
 
 
-def check_proof(cell: Cell, proofs: Sequence[RankProof]) -> str | None:
-    """None when the workers' records prove the cell's claim, else what is missing, in one sentence."""
+def check_proof(cell: Cell, proofs: Sequence[RankProof], longest: int = 0) -> str | None:
+    """None when the workers' records prove the cell's claim, else what is missing, in one sentence.
+
+    `longest`: tokens of the longest sequence whose KV was written, as the transcript tells; 0 where nobody knows.
+    """
     missing = sorted(set(range(cell.tp)) - {proof.rank for proof in proofs})
     if missing:
         return f"no proof of path from rank {', '.join(map(str, missing))} of {cell.tp}"
@@ -36,6 +39,12 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof]) -> str | None:
         for counter in counters:
             if proof.counters.get(counter, 0) <= 0:
                 return f"rank {proof.rank}: {counter} is 0: the path never ran during decode"
+        # Every hooked backend merges each decode batch of each layer; a batch without any context is no decode.
+        attended, combined = (proof.counters.get(name, 0) for name in ("decode_attention", "decode_combine"))
+        if cell.kvp > 1 and attended != combined:
+            return f"rank {proof.rank}: {combined} combines ran for {attended} decode attentions: some were not merged"
+        if cell.kvp > 1 and longest > proof.interleave * proof.kvp_rank and not proof.counters.get("local_tokens", 0):
+            return f"rank {proof.rank} holds no token, though a sequence had {longest}: others hold its share"
         if cell.hardware == "cpu" and cell.kvp > 1 and (other := _exchanges(proof, combine)):
             return f"rank {proof.rank}: {other}"
     return _ownership(proofs)

@@ -8,6 +8,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from harness.oracle.band import SHIPPED, UNMEASURED, Band, Shapes, Source, Spread, kind_of
@@ -111,13 +112,21 @@ def _kind(saved: Saved) -> tuple[str, str]:
     return saved.transcript.dtype, kind_of(f"recipe:{saved.model}")
 
 
+def ships(saved: Saved) -> bool:
+    """Models with other weights (`-seedN`) are left out: how often the oracle alarms is measured with them."""
+    return saved.complete and not saved.fault and "-seed" not in saved.model
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="bands whose name, as float16-made, matches")
     options = parser.parse_args(argv)
     SHIPPED.mkdir(exist_ok=True)
-    for band in measured([item for item in find(options.folders) if not item.fault]):
+    for band in measured([item for item in find(options.folders) if ships(item)]):
         path = SHIPPED / f"{band.dtype}-{band.model.removeprefix('kind ')}.json"
+        if not fnmatchcase(path.stem, options.only):
+            continue
         band.save(path)
         change, spread = band.decode.change, band.spread
         point = change.bound(1e-3, 1000, spread.cell)

@@ -1,6 +1,6 @@
 """The arithmetic of the oracle, on plain arrays: tails, levels, intervals. Nothing here knows a transcript.
 
-Every function is checked against hand-computed values and against scipy (`tests/harness/oracle/test_statistics.py`).
+Every function is checked against hand-computed values and against scipy (`tests/harness/test_oracle_statistics.py`).
 """
 
 import math
@@ -75,6 +75,33 @@ class Tail(Frozen):
 
         wide = plain * math.exp(spread * float(nodes[-1]))
         return float(optimize.brentq(excess_rate, plain, wide)) if excess_rate(plain) > 0 else plain
+
+    def count_bound(self, point: float, rate: float, steps: int, spread: float = 0.0) -> int:
+        """The number of `steps` null steps beyond `point` (above the threshold) that is passed with at most `rate`.
+
+        Binomial, averaged over the loudness of right servers (`spread`, as in `bound`) and over what the null's own
+        exceedances leave open of their mean: both move all steps of a cell together, so that a plain binomial would
+        alarm far too often.
+        """
+        if self.excess <= 0:
+            return steps if point < self.threshold else 0
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+        louder, weights = np.exp(spread * nodes), weights / weights.sum()
+        exceedances = max(1.0, self.share * self.n)
+        # Of an exponential whose mean was estimated from m values, m · estimate / mean is Gamma(m).
+        gammas = stats.gamma.ppf((np.arange(NODES) + 0.5) / NODES, exceedances) / exceedances
+        scales = self.excess * (1.0 - self.shape) / gammas
+        above = np.maximum(0.0, point / louder - self.threshold)[:, None]
+        chance = self.share * stats.genpareto.sf(above, self.shape, scale=scales[None, :])
+
+        def rate_beyond(count: int) -> float:
+            return float(weights @ stats.binom.sf(count, steps, chance).mean(1))
+
+        low, high = -1, steps  # beyond `low` too often, beyond `high` never
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if rate_beyond(middle) <= rate else (middle, high)
+        return high
 
 
 def fit_tail(values: Sequence[float], shape: float = 0.0, share: float = TAIL_SHARE) -> Tail:

@@ -136,6 +136,14 @@ class OtherCombine(Fault):
         return COMBINES[other](output, lse, group, collectives=counting(current()))
 
 
+@fault("dies")
+class Dies(Fault):
+    """The worker raises in the middle of a step, as an assertion or an access beyond its memory would make it."""
+
+    def partial(self, output, lse, site):
+        raise RuntimeError(f"a deliberate defect: KVP rank {site.kvp_rank} dies in layer {site.layer}")
+
+
 @fault("standard-path")
 class StandardPath(Fault):
     """All partials are gathered everywhere and merged there: right answers by a path that nobody claimed."""

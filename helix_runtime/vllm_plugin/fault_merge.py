@@ -1,6 +1,7 @@
 """Deliberate defects of what is sent and merged: rank order, head order, LSE, shards dropped, doubled or stale."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,21 +17,42 @@ def _before(kept: dict, key: object, fresh: torch.Tensor) -> torch.Tensor:
     return stale
 
 
+def _reordered(collectives, order: Callable[[int], list[int]]):
+    """`collectives` whose chunks leave in `order(members)`: a rank sends to another one than it should."""
+
+    def wrapped(exchange):
+        def call(output, input, *, group):
+            return exchange(output, input[order(input.shape[0])].contiguous(), group=group)
+
+        return call
+
+    return collectives._replace(
+        all_to_all=wrapped(collectives.all_to_all), reduce_scatter=wrapped(collectives.reduce_scatter)
+    )
+
+
 @fault("swap-chunks")
 class SwapChunks(Fault):
     """The first two ranks of each group get each other's heads (as TensorRT-LLM#10350: wrong rank order)."""
 
     def collectives(self, collectives):
-        def swapped(exchange):
-            def call(output, input, *, group):
-                order = [1, 0, *range(2, input.shape[0])]
-                return exchange(output, input[order].contiguous(), group=group)
+        return _reordered(collectives, lambda members: [1, 0, *range(2, members)])
 
-            return call
 
-        return collectives._replace(
-            all_to_all=swapped(collectives.all_to_all), reduce_scatter=swapped(collectives.reduce_scatter)
-        )
+@fault("swap-last-chunks")
+class SwapLastChunks(Fault):
+    """The last two ranks of each group get each other's heads; those before are right."""
+
+    def collectives(self, collectives):
+        return _reordered(collectives, lambda members: [*range(members - 2), members - 1, members - 2])
+
+
+@fault("rotate-chunks")
+class RotateChunks(Fault):
+    """Every rank of a group gets the heads of the one after it: ranks counted from one."""
+
+    def collectives(self, collectives):
+        return _reordered(collectives, lambda members: [*range(1, members), 0])
 
 
 @fault("lse-of-other-rank")

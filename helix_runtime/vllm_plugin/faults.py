@@ -6,6 +6,7 @@ after the start-up self-test, which would refuse most of them. WHEN restricts a 
 `fault_merge.py` (what is sent and merged) and `fault_cache.py` (what is read, written, or never ran).
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,13 +114,35 @@ class Fault:
 NO_FAULT = Fault()
 FAULTS: dict[str, type[Fault]] = {}
 
-#: WHEN -> does the fault strike at this site? `layer=N` and the selective ones (`SELECTIVE`) are parsed apart.
+#: WHEN -> does the fault strike at this site? `KEY=N` (NUMBERED) and the selective ones (SELECTIVE) are parsed apart.
 CONDITIONS: dict[str, Callable[[Site], bool]] = {
     "batch": lambda site: site.requests > 1,
     "single": lambda site: site.requests == 1,
     "decode": lambda site: site.decode,
     "prefill": lambda site: not site.decode,
     "prefix": lambda site: site.reads_context,
+}
+
+
+def _every_call(every: int) -> Callable[[Site], bool]:
+    """Every `every`-th attention call of this worker, the first one not; the choices of slots count apart."""
+    calls: Counter[bool] = Counter()
+    last: list[Site] = []
+
+    def strikes(site: Site) -> bool:
+        if not last or last[0] is not site:  # asked several times a call
+            last[:] = [site]
+            calls[site.layer < 0] += 1
+        return calls[site.layer < 0] % every == 0
+
+    return strikes
+
+
+#: KEY of WHEN's `KEY=N`: N -> does the fault strike at this site?
+NUMBERED: dict[str, Callable[[int], Callable[[Site], bool]]] = {
+    "layer": lambda layer: lambda site: site.layer == layer,
+    "rank": lambda rank: lambda site: site.kvp_rank == rank,
+    "call": _every_call,
 }
 
 
@@ -190,7 +213,8 @@ NOTHING_ARMED = ArmedFault(NO_FAULT, lambda site: False)
 def make_fault(spec: str | None) -> ArmedFault:
     """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
 
-    WHEN is one of CONDITIONS, `layer=N`, or for some faults `head=N` (query head N of the model), `every=N` (tokens at
+    WHEN is one of CONDITIONS, `layer=N`, `rank=N` (of each KVP group), `call=K` (every Kth attention call of a worker),
+    or for some faults `head=N` (query head N of the model), `every=N` (tokens at
     every Nth position) or `beyond=N` (tokens with at least N before them).
     """
     from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401  (they register themselves)
@@ -206,14 +230,14 @@ def make_fault(spec: str | None) -> ArmedFault:
         return ArmedFault(kind(), lambda site: True)
     if when in CONDITIONS:
         return ArmedFault(kind(), CONDITIONS[when])
-    if key == "layer" and number.isdigit():
-        return ArmedFault(kind(), lambda site: site.layer == int(number))
+    if key in NUMBERED and number.isdigit() and int(number) >= (key == "call"):
+        return ArmedFault(kind(), NUMBERED[key](int(number)))
     if key in SELECTIVE and number.isdigit() and int(number) >= (key != "head") and _selectable(kind, key):
         return ArmedFault(SELECTIVE[key](kind(), int(number)), lambda site: True)
     by_head = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "head")))
     by_token = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "every")))
     raise HelixRefusal(
-        f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N; "
+        f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N, rank=N, call=K; "
         f"head=N for {by_head}; every=N and beyond=N for {by_token}"
     )
 

@@ -39,13 +39,32 @@ def _builder_init(original):
 def _forward_with_dcp(original):
     def forward_with_dcp(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales):
         context = current()
-        phase = "decode" if attn_metadata.max_query_len == 1 else "prefill"
-        context.proof.ran(phase, combined=bool(attn_metadata.max_dcp_context_kv_len))
+        if not attn_metadata.max_dcp_context_kv_len:  # new requests only: no one combines
+            context.proof.ran("prefill", combined=False)
+        _count_combine(self).phase = "decode" if attn_metadata.max_query_len == 1 else "prefill"
         if not context.helix:
             return original(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales)
         return _helix(self, query, key, value, key_cache, value_cache, output, attn_metadata)
 
     return forward_with_dcp
+
+
+class _Counted:
+    """An implementation's combine, counted with the attention before it where it is called, and only if it is."""
+
+    def __init__(self, combine):
+        self.combine, self.phase = combine, "prefill"
+
+    def __call__(self, *partial, **how):
+        current().proof.ran(self.phase)
+        return self.combine(*partial, **how)
+
+
+def _count_combine(impl) -> _Counted:
+    """The counted combine of `impl`, put there at its first call: before any graph is captured."""
+    if not isinstance(impl.dcp_combine, _Counted):
+        impl.dcp_combine = _Counted(impl.dcp_combine)
+    return impl.dcp_combine
 
 
 def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):

@@ -1,13 +1,23 @@
 """The start-up self-test: known partials through the real exchange of the real group, before anything is served.
 
-Why: a wrong rank order, LSE base or group is a plausible wrong answer later; here it is a refusal to start.
+Why: a wrong rank order, LSE base or group is a plausible wrong answer later; here it is a refusal to start. So is an
+exchange that never ends, because a message is not sent or is waited for in vain: it would be a server that never is
+ready, which could as well be a slow host.
 """
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
+#: Seconds that the exchange of a few kilobytes may take after all ranks have come, its kernels' compilation included.
+DEADLINE = 120.0
 _TOKENS, _HEADS_EACH, _HEAD_DIM = 3, 2, 64
 
 
@@ -54,3 +64,30 @@ def self_test(context: ContextParallel, device: torch.device) -> None:
             f"{context.kvp}): the merge of known partials is off by {error:.3g}; refusing to serve wrong answers. "
             f"Please report this with the server's log"
         )
+
+
+@contextmanager
+def deadline(
+    context: ContextParallel, seconds: float = DEADLINE, end: Callable[[int], None] = os._exit
+) -> Iterator[None]:
+    """End this worker, with the refusal in its log, where what is inside takes longer than `seconds`.
+
+    From another thread, because this one waits in a collective, out of which no exception leads.
+    """
+
+    def hung() -> None:
+        said = (
+            f"self-test of the {context.comm} exchange on rank {context.rank} (KVP rank {context.kvp_rank} of "
+            f"{context.kvp}) did not end in {seconds:g} s: a message of its group never came; refusing to serve. "
+            f"Please report this with the server's log"
+        )
+        print(f"{HelixRefusal.__module__}.{HelixRefusal.__qualname__}: {said}", file=sys.stderr, flush=True)
+        end(1)
+
+    timer = threading.Timer(seconds, hung)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -83,13 +83,14 @@ def _install_on_cuda(use_mla: bool, backend) -> None:
 
 def _load_model(original, options: HelixOptions, layout):
     def load_model(self, *args, **kwargs):
+        from vllm.distributed.parallel_state import get_dcp_group
         from vllm.platforms import current_platform
 
         from helix_runtime.vllm_plugin.capture import Capture, group_gather
         from helix_runtime.vllm_plugin.context_parallel import ContextParallel, set_current
         from helix_runtime.vllm_plugin.exchange import combine_of
         from helix_runtime.vllm_plugin.faults import make_fault
-        from helix_runtime.vllm_plugin.self_test import self_test
+        from helix_runtime.vllm_plugin.self_test import deadline, self_test
 
         parallel, cpu = self.vllm_config.parallel_config, current_platform.is_cpu()
         make_combine, combine_name = combine_of(parallel.dcp_comm_backend, cpu, options.combine)
@@ -106,7 +107,9 @@ def _load_model(original, options: HelixOptions, layout):
         )
         set_current(context)
         original(self, *args, **kwargs)
-        self_test(context, self.device)
+        get_dcp_group().barrier()  # ranks load at different speeds; from here on they should take the same time
+        with deadline(context):
+            self_test(context, self.device)
         if options.proof_dir and not cpu:
             from helix_runtime.vllm_plugin.device_proof import runs_v2
 

@@ -5,7 +5,7 @@ import pytest
 from harness.cell import Cell, Mode
 from harness.cli import main
 from harness.ledger import Ledger
-from harness.oracle.caught import PROOF, row, table
+from harness.oracle.caught import DEATH, PROOF, markdown, row, table
 from harness.result import CellResult, Statistic
 from harness.verdict import Verdict
 
@@ -40,6 +40,24 @@ def test_a_kl_counts_by_its_root():
     assert row(result(statistics=(kl,))).effect == pytest.approx(20_000)
 
 
+def test_how_far_a_defect_is_over_the_point_of_a_clean_cell():
+    """Prefill 5e-5 over 4e-5 is 1.25; decode 3 over 6e-5 is 50,000. Only largest changes with a null count."""
+    fine, change = FINE.model_copy(update={"null": 4e-5}), CHANGE.model_copy(update={"null": 6e-5})
+    assert row(result(statistics=(fine, LOUD.model_copy(update={"null": 1e-9})))).over_point == pytest.approx(1.25)
+    assert row(result(statistics=(fine, change))).over_point == pytest.approx(50_000)
+    assert row(result()).over_point is None
+
+
+def test_the_page_counts_what_is_over_the_point(tmp_path):
+    quiet, loud = FINE.model_copy(update={"null": 1e-4}), FINE.model_copy(update={"null": 4e-5})
+    made = table([run_of(
+        tmp_path / "a", result(statistics=(loud, CHANGE)), result(Verdict.PASS, (loud,), fault="swap-chunks"),
+        result(Verdict.PASS, (quiet,), fault="lse-last-bit"),
+    )])  # fmt: skip
+    assert "2 of the 3 cells whose run told the null's 99.9 % point change some output" in markdown(made)
+    assert "by more than that; 1 of these are caught" in markdown(made)
+
+
 def test_a_missing_answer_has_no_effect_size():
     made = row(result(statistics=(MISSING,)))
     assert (made.statistic, made.value, made.effect) == (MISSING.name, 2, None)
@@ -49,6 +67,11 @@ def test_a_missing_answer_has_no_effect_size():
 def test_a_fallback_is_caught_by_its_proof():
     made = row(result(Verdict.UNPROVEN, (FINE,)))
     assert made.caught and made.statistic == PROOF
+
+
+def test_a_cell_that_fails_without_a_comparison_is_caught_by_its_death():
+    made = row(result(statistics=()))
+    assert made.caught and made.statistic == DEATH and made.over_point is None
 
 
 def run_of(folder, *made: CellResult):

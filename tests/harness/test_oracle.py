@@ -215,11 +215,26 @@ def test_a_full_proof_is_accepted():
         ({"counters": RAN | {"all_to_all": 0}}, "0 all_to_all exchanges ran where a2a makes 9"),
         ({"counters": RAN | {"all_gather": 9}}, "9 all_gather exchanges ran where a2a makes 0"),
         ({"counters": RAN | {"prefill_combine": 2}}, "9 all_to_all exchanges ran where a2a makes 11"),
+        (
+            {"counters": RAN | {"decode_combine": 1, "all_to_all": 1, "exchange_members": 2}},
+            "1 combines ran for 9 decode attentions: some were not merged",
+        ),
         ({"counters": RAN | {"exchange_members": 36}}, "36 members in all, not among 2 each"),
     ],
 )
 def test_each_claim_is_checked(changes, said):
     assert said in check_proof(CELL, proofs(**changes))
+
+
+def test_a_rank_that_must_hold_tokens_and_holds_none_is_named():
+    """Interleave 16: the second rank of a group holds a token from a length of 17 on."""
+    uneven = [
+        dataclasses.replace(proof, counters=RAN | {"local_tokens": 100 if proof.kvp_rank == 0 else 0})
+        for proof in (dataclasses.replace(made, kvp_rank=made.rank % 2) for made in proofs())
+    ]
+    assert check_proof(CELL, uneven, longest=16) is None
+    said = check_proof(CELL, uneven, longest=17)
+    assert said == "rank 1 holds no token, though a sequence had 17: others hold its share"
 
 
 def test_a_rank_without_proof_is_named():

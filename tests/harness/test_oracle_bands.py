@@ -33,8 +33,8 @@ def test_a_run_measures_its_band_from_tp1_and_says_so(tmp_path):
     assert "null band shipped for float32, made models" in found[1].band
     bounds = {item.name: item.bound for item in found[2].statistics}
     assert bounds["decode: largest logprob change"] == pytest.approx(
-        band.decode.change.bound(0.01 / 2 / 2 / 4, 18 * 23, band.spread.cell)
-    )  # a run's rate, by two cells, half for largest values, of which there are four
+        band.decode.change.bound(0.01 / 2 / 2 / 7, 18 * 23, band.spread.cell)
+    )  # a run's rate, by two cells, half for what single steps do, of which there are seven statistics
     assert found[2].curve and found[2].curve[0].null is not None and found[1].curve
     assert any(phase.name == "judge" for phase in found[2].phases)
 

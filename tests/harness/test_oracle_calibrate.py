@@ -143,3 +143,23 @@ def calibrate_uneven(loud: float) -> Band:
         return logits + loud * 1e-5 * noise if kind == "long" else logits
 
     return band_from(NullPair("tp size", TP4, server(1e-5, 2, fault=louder)))
+
+
+def test_a_pair_with_a_wrong_server_is_listed_and_not_used():
+    """Noise a thousand times as loud in one of two pairs: the band is that of the other pair alone."""
+    wrong = server(1e-2, 4, cell="cpu/standard-tp/CPU_ATTN/made/tp2")
+    band = band_from(NullPair("tp size", TP4, wrong), NullPair("tp size", TP4, TP1))
+    assert [source.used for source in band.sources] == [False, True]
+    assert "more than 10 times the" in band.sources[0].why and band.sources[1].why == ""
+    assert band.decode == band_from(NullPair("tp size", TP4, TP1)).decode
+    nine = band_from(NullPair("tp size", TP4, server(9e-5, 4)), NullPair("tp size", TP4, TP1))
+    assert [source.used for source in nine.sources] == [True, True]  # sqrt(1 + 81) / sqrt(2) = 6.4 times as loud
+
+
+def test_one_pair_alone_is_held_to_its_dtype():
+    """fp32 rounds at 1.2e-7: 4,096 roundings are 4.9e-4 nat. bf16 rounds 65,536 times as coarsely."""
+    loud = {"noise": 1e-2}
+    with pytest.raises(ValueError, match="roundings of float32 where 4,096 is the most"):
+        band_from(NullPair("tp size", TP4, server(seed=4, **loud)))
+    coarse = [server(seed=seed, dtype="bfloat16", **loud) for seed in (4, 5)]
+    assert band_from(NullPair("tp size", *coarse)).decode.change.threshold > 1e-2

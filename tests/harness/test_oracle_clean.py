@@ -6,7 +6,7 @@ from made_answers import PROMPTS, server
 from harness.oracle.alarms import RATES, main, table, told
 from harness.oracle.clean import clean_comparisons
 from harness.oracle.saved import find, pairs
-from harness.oracle.ship import measured
+from harness.oracle.ship import measured, ships
 from harness.transcript import Transcript
 
 NOISE = 1e-5
@@ -106,6 +106,36 @@ def test_a_wrong_server_among_them_is_an_alarm(folder, capsys):
     assert main([str(folder), "--json", str(folder / "table.out")]) == 0
     assert type(made).model_validate_json((folder / "table.out").read_text()) == made
     assert "Alarms at 1% and below:" in capsys.readouterr().out
+
+
+def test_a_candidate_that_did_not_answer_all_is_an_alarm_and_no_reference(folder):
+    """Helix without an answer to one prompt, and TP1 that stops short in another: each in one of two sets."""
+    before = table(clean(folder))
+    helix = Transcript.load(folder / "helix" / "set-0.json")
+    silent = helix.answers[0].model_copy(update={"steps": ()})
+    helix.model_copy(update={"answers": (silent, *helix.answers[1:])}).save(folder / "helix" / "set-0.json")
+    tp2 = Transcript.load(folder / "tp2" / "set-1.json")
+    short = tp2.answers[1].model_copy(update={"steps": tp2.answers[1].steps[:9]})
+    tp2.model_copy(update={"answers": (tp2.answers[0], short, *tp2.answers[2:])}).save(folder / "tp2" / "set-1.json")
+    made = table(clean(folder))
+    assert made.as_run[0].n == before.as_run[0].n
+    struck = {(alarm.candidate, alarm.rate) for alarm in made.alarms if "missing answers" in alarm.beyond}
+    assert struck >= {(name("helix-gqa", "tp4-dcp2"), RATES[-1]), (name("standard-tp", "tp2"), RATES[-1])}
+    assert all("missing answers" in alarm.beyond for alarm in made.alarms if alarm.rate == RATES[-1])
+    silent = [item for item in clean(folder) if not item.complete]
+    assert len(silent) == 1 and not any(first.key == silent[0].key for first, _ in pairs(clean(folder)))
+
+
+def test_what_is_held_out_is_of_models_that_no_shipped_band_knows(folder):
+    """All of the folder is of llama-k4 in fp32, with which a band is shipped; another's weights are not."""
+    assert table(clean(folder)).held_out[0].n == 0
+    for path in folder.rglob("set-*.json"):
+        made = Transcript.load(path)
+        made.model_copy(update={"cell_id": made.cell_id.replace("/llama-k4/", "/llama-k4-seed9/")}).save(path)
+    made = table(clean(folder))
+    assert made.held_out == made.as_run and made.held_out[0].n == 12
+    assert "12 are of models that no shipped band was measured with" in told(made)
+    assert not any(ships(item) for item in clean(folder) if item.model == "llama-k4-seed9")
 
 
 def test_shipped_bands_come_from_standard_tp_alone(folder):

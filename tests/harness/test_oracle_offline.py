@@ -118,7 +118,7 @@ def test_impossible_rates_are_bad_usage(files, words):
 
 def test_no_number_survives_the_file_and_differs(files, capsys):
     broken = BASE.answers[0].steps[3]
-    bad = Step(token_id=broken.token_id, logprob=math.nan, top={broken.token_id: math.nan, 5: -1.0})
+    bad = Step(token_id=broken.token_id, logprob=math.nan, top={**broken.top, broken.token_id: math.nan})
     answer = BASE.answers[0].model_copy(update={"steps": (*BASE.answers[0].steps[:3], bad, *BASE.answers[0].steps[4:])})
     cell = files("cell", BASE.model_copy(update={"answers": (answer, *BASE.answers[1:])}))
     jsonschema.validate(json.loads(Path(cell).read_text()), json.loads(schema()))
@@ -135,13 +135,14 @@ def test_a_transcript_of_another_engine_needs_few_fields(tmp_path, capsys):
     """What the docs ask of another engine, written without our code."""
 
     def write(name: str, shift: float) -> str:
-        steps = [{"token_id": 7, "logprob": -0.5, "top": {"7": -0.5, "9": -1.5 - shift}} for _ in range(4)]
+        rest = {str(token): -3.0 - token / 10 for token in range(10, 28)}
+        steps = [{"token_id": 7, "logprob": -0.5, "top": {"7": -0.5, "9": -1.5 - shift, **rest}} for _ in range(4)]
         answers = [{
             "prompt": "one", "kind": "mine", "prompt_length": 12, "batch": 0, "forced": True, "steps": steps,
         }]  # fmt: skip
         made = {
             "schema_version": 1, "cell_id": f"my engine {name}", "cell_key": name, "workload_key": "my prompts",
-            "dtype": "float32", "vocab_size": 32000, "top_k": 2, "answers": answers,
+            "dtype": "float32", "vocab_size": 32000, "top_k": 20, "answers": answers,
         }  # fmt: skip
         jsonschema.validate(made, json.loads(SCHEMA_FILE.read_text()))
         path = tmp_path / f"{name}.json"

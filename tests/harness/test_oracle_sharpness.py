@@ -1,5 +1,7 @@
 """What the oracle sees and what it leaves alone, on servers whose noise and defects are known."""
 
+import math
+
 import numpy as np
 import pytest
 from made_answers import PROMPTS, server
@@ -74,6 +76,80 @@ def test_prefill_is_judged_apart():
     assert found.beyond and all(name.startswith("prefill") for name in found.beyond)
 
 
+def test_some_moderate_steps_are_told_by_their_number():
+    """Eighteen of 414 decode steps, each one and a half times the null's 99.9 % point: none is beyond what a cell's
+    largest may be, as one of 50 cells. One null step in a thousand lies there: 0.4 of 414."""
+    point = BAND.decode.change.point(1e-3)
+
+    def fault(prompt, kind, step, logits):
+        if prompt.startswith("long") and step in (3, 9, 15):
+            logits[np.argsort(logits)[-12]] += 1.5 * point
+        return logits
+
+    found = judged(fault)
+    counted = next(item for item in found.statistics if item.name == "decode: steps beyond the null's 99.9 % point")
+    assert counted.name in found.beyond and 18 <= counted.value <= 20 and counted.bound < 15
+    assert counted.null == pytest.approx(0.414)
+    assert "decode: largest logprob change" not in found.beyond
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -5.0])
+def test_the_imposed_token_has_a_bound_of_its_own(wrong):
+    """A candidate whose lists are right and whose own token's logprob is not."""
+    made = server(NOISE, 3)
+    answers = tuple(
+        answer.model_copy(update={"steps": tuple(step.model_copy(update={"logprob": wrong}) for step in answer.steps)})
+        for answer in made.answers
+    )
+    found = judge(BASE, made.model_copy(update={"answers": answers}), BAND, cells=CELLS)
+    assert found.beyond == (
+        "prefill: largest change of the imposed token", "decode: largest change of the imposed token",
+    )  # fmt: skip
+
+
+def cut(transcript, top: int, declared: int):
+    """`transcript` with the best `top` tokens of each step, said to be `declared`."""
+
+    def best(step):
+        kept = sorted(step.top.items(), key=lambda item: -item[1])[:top]
+        return step.model_copy(update={"top": dict(kept)})
+
+    answers = tuple(
+        answer.model_copy(update={"steps": tuple(map(best, answer.steps))}) for answer in transcript.answers
+    )
+    return transcript.model_copy(update={"answers": answers, "top_k": declared})
+
+
+def test_too_few_logprobs_are_not_judged():
+    right = server(NOISE, 3)
+    with pytest.raises(ValueError, match="the top 1 of each step is too little; ask for at least 20"):
+        judge(cut(BASE, 1, 1), cut(right, 1, 1), BAND)
+    with pytest.raises(ValueError, match="holds the top 19 of each step, not 20"):
+        judge(BASE, cut(right, 19, 19), BAND)
+    with pytest.raises(ValueError, match="step 0 of prompt boundary-0 lists 5 tokens of 20"):
+        judge(cut(BASE, 5, 20), right, BAND)
+
+
+def test_a_baseline_that_stopped_short_is_no_reference():
+    """One step of 24 a prompt: what is left would agree, on 18 steps."""
+    short = tuple(a.model_copy(update={"steps": a.steps[:1], "asked": 24}) for a in BASE.answers)
+    with pytest.raises(ValueError, match="no reference: it gave 1 of 24 tokens of prompt boundary-0"):
+        judge(BASE.model_copy(update={"answers": short}), server(NOISE, 3), BAND)
+
+
+def test_a_pair_that_was_left_out_of_the_null_is_told():
+    wrong = server(1e-2, 4, cell="cpu/standard-tp/CPU_ATTN/made/tp2")
+    pairs = [NullPair("tp size", BASE, wrong), NullPair("again", BASE, server(NOISE, 2))]
+    found = judge(BASE, server(NOISE, 3), calibrate(pairs, name="n", model="recipe:made", spread=SPREAD))
+    assert "; left out, tp size cpu/standard-tp/CPU_ATTN/made/tp2: its median change is" in found.band
+
+
+def test_a_candidate_that_lists_fewer_tokens_than_its_baseline_has_not_answered():
+    found = judge(BASE, cut(server(NOISE, 3), 19, 20), BAND)
+    assert not found.agree and "step 0 lists 19 tokens of 20" in found.reason
+    assert found.beyond == ("missing answers",)
+
+
 def test_more_cells_mean_wider_bounds_and_more_noise_no_wider_ones():
     def bounds(cells: int, **changes) -> dict[str, float]:
         found = judge(BASE, server(NOISE, 3, **changes), BAND, cells=cells)
@@ -88,7 +164,7 @@ def test_more_cells_mean_wider_bounds_and_more_noise_no_wider_ones():
 
 def test_the_rate_is_shared_out_whole():
     rates = Rates(0.02)
-    assert 4 * rates.largest + 7 * rates.level(7) == pytest.approx(0.02)
+    assert 7 * rates.largest + 7 * rates.level(7) == pytest.approx(0.02)
     statistics = measure(compare(BASE, server(NOISE, 3)), BAND, rates)
     levels = [item for item in statistics if item.name.endswith("loudness against the null")]
     groups = {item.name for item in levels} - {f"{phase}: loudness against the null" for phase in ("prefill", "decode")}

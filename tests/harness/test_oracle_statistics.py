@@ -167,3 +167,46 @@ def test_no_alarm_in_n_by_hand():
 def test_a_level_bound_is_students():
     assert level_bound(0.025, 2.0, 10) == pytest.approx(2.0 * stats.t.ppf(0.975, 10))
     assert level_bound(0.025, 1.0, 10**7) == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_a_count_beyond_a_point_is_binomial_where_all_is_known():
+    """A million exceedances and no spread: of 1,000 steps each beyond with 1 in 1,000, more than 6 come 1 in 12,000.
+
+    Poisson with mean 1: P(> 5) = 5.9e-4, P(> 6) = 8.3e-5.
+    """
+    tail = Tail(threshold=1.0, share=0.1, excess=0.5, shape=0.0, n=10**7)
+    point = 1.0 + 0.5 * math.log(100)  # beyond it lies a hundredth of a tenth
+    assert tail.count_bound(point, 6e-4, 1000) == 5
+    assert tail.count_bound(point, 5.8e-4, 1000) == 6
+    assert tail.count_bound(point, 1e-4, 1000) == 6
+    assert tail.count_bound(point, 8e-5, 1000) == 7
+
+
+def test_what_is_not_known_of_the_null_widens_the_bound_of_a_count():
+    sure = Tail(threshold=1.0, share=0.1, excess=0.5, shape=0.0, n=10**7)
+    point = 1.0 + 0.5 * math.log(100)
+    few = sure.model_copy(update={"n": 300})
+    assert few.count_bound(point, 1e-4, 1000) > sure.count_bound(point, 1e-4, 1000)
+    assert sure.count_bound(point, 1e-4, 1000, spread=0.2) > sure.count_bound(point, 1e-4, 1000)
+    flat = sure.model_copy(update={"excess": 0.0})
+    assert (flat.count_bound(1.0, 1e-4, 1000), flat.count_bound(0.9, 1e-4, 1000)) == (0, 1000)
+
+
+def test_counts_of_clean_cells_pass_their_bound_as_rarely_as_stated():
+    """Nulls of 300 exponential steps, cells of 400, each cell's loudness drawn with a spread of 0.15: 4,000 pairs."""
+    random = np.random.Generator(np.random.PCG64(5))
+    alarms, pairs = {0.1: 0, 0.01: 0}, 4000
+    bounds: dict[tuple, int] = {}
+    for _ in range(pairs):
+        tail = fit_tail(random.exponential(size=300))
+        point = tail.point(1e-3)
+        cell = random.exponential(size=400) * math.exp(0.15 * random.standard_normal())
+        beyond = int((cell > point).sum())
+        if not beyond:
+            continue  # no bound is below 0
+        for rate in alarms:
+            key = (rate, round(tail.threshold / tail.excess, 1))
+            if key not in bounds:
+                bounds[key] = tail.count_bound(point, rate, 400, 0.15)
+            alarms[rate] += beyond > bounds[key]
+    assert alarms[0.1] / pairs < 0.1 and alarms[0.01] / pairs < 0.01

@@ -5,10 +5,12 @@ import json
 import os
 
 import pytest
+from made_band import made_band
 from test_runner import BASE, HELIX, OTHER, Table, failed, good, planned, transcript
 
 from harness import runner
 from harness.ledger import Ledger, LedgerBusy, clock_jumps, read, results
+from harness.oracle.bands import Bands
 from harness.redact import hide_secrets
 from harness.runner import folder_name, run
 from harness.server.log import Cause
@@ -134,22 +136,72 @@ def test_infrastructure_is_tried_again_once_and_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("cause", "started", "starts"),
     [
-        (Cause.PORT_IN_USE, False, 2), (Cause.NCCL, True, 2), (Cause.KILLED, True, 2), (Cause.TIMEOUT, False, 2),
-        (Cause.TIMEOUT, True, 1), (Cause.ILLEGAL_ACCESS, True, 1), (Cause.OTHER, False, 1),
+        (Cause.PORT_IN_USE, False, 2), (Cause.KILLED, True, 2), (Cause.TIMEOUT, False, 2), (Cause.NCCL, False, 2),
+        (Cause.OTHER, False, 1), (Cause.OUT_OF_MEMORY, True, 1), (Cause.PORT_IN_USE, True, 2),
         (Cause.MISSING_MODEL, False, 1), (Cause.OUT_OF_MEMORY, False, 1), (Cause.MISSING_IMAGE, False, 1),
     ],
 )  # fmt: skip
-def test_what_may_be_a_defect_is_not_tried_again(tmp_path, cause, started, starts):
+def test_what_a_host_does_is_an_error_and_tried_again_where_it_may_pass(tmp_path, cause, started, starts):
     lost = failed(HELIX, cause, "why", started)
     found, ran, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={HELIX: lost})
     assert ran.count(HELIX) == starts == found[1].attempts
     assert found[1].verdict is Verdict.ERROR
 
 
+@pytest.mark.parametrize("cause", [Cause.OTHER, Cause.TIMEOUT, Cause.BROKEN_ANSWER, Cause.ILLEGAL_ACCESS, Cause.NCCL])
+def test_a_cell_that_dies_twice_while_answering_what_its_baseline_answered_fails(tmp_path, cause):
+    died = failed(HELIX, cause, "why", started=True)
+    found, ran, _ = play(tmp_path / "twice", [planned(BASE), planned(HELIX)], answers={HELIX: [died, died]})
+    assert ran.count(HELIX) == 2 and found[1].verdict is Verdict.FAIL
+    assert found[1].reason.endswith("so it did 2 times, where its baseline answered all")
+    found, _, _ = play(tmp_path / "once", [planned(BASE), planned(HELIX)], answers={HELIX: [died, good(HELIX)]})
+    assert found[1].verdict is Verdict.PASS and "an attempt before was lost" in found[1].reason
+    killed = failed(HELIX, Cause.KILLED, "from outside", started=True)
+    found, _, _ = play(tmp_path / "host", [planned(BASE), planned(HELIX)], answers={HELIX: [died, killed]})
+    assert found[1].verdict is Verdict.ERROR
+
+
+def test_a_baseline_that_dies_while_answering_is_an_error(tmp_path):
+    died = failed(BASE, Cause.OTHER, "why", started=True)
+    found, _, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: [died, died]})
+    assert [result.verdict for result in found] == [Verdict.ERROR, Verdict.ERROR]
+
+
 def test_a_comparison_that_failed_is_never_tried_again(tmp_path):
     off = good(HELIX, transcript=transcript(HELIX, shift=0.3))
     found, ran, _ = play(tmp_path, [planned(BASE), planned(HELIX)], answers={HELIX: [off, good(HELIX)]})
     assert ran.count(HELIX) == 1 and found[1].verdict is Verdict.FAIL
+
+
+def test_two_starts_of_one_cell_are_compared_with_each_other(tmp_path):
+    """Each start is within the band of its baseline (4e-4 on either side); from the first to the second it is not."""
+    near = [good(HELIX, transcript=transcript(HELIX, shift=shift)) for shift in (-4e-4, 4e-4)]
+    answers = {BASE: [good(BASE)] * 2, HELIX: near}
+
+    def seen(folder: str, band):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Bands, "of", lambda self, cell: band)
+            return play(tmp_path / folder, [planned(BASE), planned(HELIX)], repeat=2,
+                        answers={cell: list(some) for cell, some in answers.items()})[0]  # fmt: skip
+
+    base, apart = seen("apart", made_band(change=5e-4))
+    assert apart.verdict is Verdict.FLAKY and "two starts of it differ: prefill: largest logprob" in apart.reason
+    assert base.verdict is Verdict.PASS and "another start of it: 2 steps agree" in base.reason
+    _, close = seen("close", made_band(change=1e-3))
+    values = {item.name: item.value for item in close.statistics}
+    assert close.verdict is Verdict.PASS
+    assert values["between two starts, decode: largest logprob change"] == pytest.approx(8e-4)
+    assert values["decode: largest logprob change"] == pytest.approx(4e-4)
+    assert "a run of 3 cells" in close.band  # two comparisons with the baseline, one between the starts
+
+
+def test_a_baseline_started_twice_is_a_source_of_the_null(tmp_path):
+    plan = [planned(BASE)]
+    bands: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Bands, "add", lambda self, cell, kind, first, second: bands.append(kind))
+        play(tmp_path, plan, repeat=3, answers={BASE: [good(BASE)] * 3})
+    assert bands == ["again", "again"]
 
 
 def test_repeated_attempts_that_disagree_are_flaky_and_a_failure(tmp_path):

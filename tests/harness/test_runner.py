@@ -10,6 +10,7 @@ from harness.cell import Cell, Mode
 from harness.executors.local import Attempt
 from harness.ledger import read, results
 from harness.matrix import PlannedCell
+from harness.observe import SELF_TEST
 from harness.runner import folder_name, run
 from harness.server.log import Cause, Failure
 from harness.transcript import Answer, Step, Transcript
@@ -209,9 +210,40 @@ def test_a_refusal_that_nobody_declared_is_rejected_and_differs(tmp_path):
     assert found[1].verdict is Verdict.REJECTED and found[1].effect == "differs"
 
 
-def test_a_crash_is_infrastructure(tmp_path):
-    verdict, reason = verdict_of(tmp_path, planned(HELIX), failed(HELIX, Cause.OTHER, "boom", started=True))
-    assert verdict is Verdict.ERROR and "while answering" in reason and "boom" in reason
+def test_a_self_test_that_failed_is_no_refusal_but_a_failure(tmp_path):
+    said = "self-test of the a2a exchange failed on rank 1 (KVP rank 1 of 2): the merge of known partials is off by 3"
+    verdict, reason = verdict_of(tmp_path, planned(HELIX), failed(HELIX, Cause.REFUSED, said))
+    assert verdict is Verdict.FAIL and reason == said
+    fault = planned(HELIX.model_copy(update={"fault": "drop-shard"}), Verdict.FAIL)
+    found, _ = play(
+        tmp_path / "fault", [planned(BASE), fault], answers={fault.cell: failed(HELIX, Cause.REFUSED, said)}
+    )
+    assert found[1].effect == "ok"  # caught
+
+
+def test_the_words_of_the_self_test_are_those_that_the_verdict_looks_for():
+    from helix_runtime.vllm_plugin import self_test
+
+    assert SELF_TEST in Path(self_test.__file__).read_text()
+
+
+def test_a_crash_at_start_is_infrastructure(tmp_path):
+    verdict, reason = verdict_of(tmp_path, planned(HELIX), failed(HELIX, Cause.OTHER, "boom"))
+    assert verdict is Verdict.ERROR and "at start" in reason and "boom" in reason
+
+
+def test_a_baseline_that_stopped_short_is_no_reference(tmp_path):
+    """Two of nine tokens; one of nine with eight that nobody waited for is all that was asked."""
+    made = transcript(BASE)
+    short = made.answers[0].model_copy(update={"asked": 9})
+    found, _ = play(tmp_path, [planned(BASE), planned(HELIX)],
+                    answers={BASE: good(BASE, transcript=made.model_copy(update={"answers": (short,)}))})  # fmt: skip
+    assert [result.verdict for result in found] == [Verdict.ERROR, Verdict.ERROR]
+    assert found[0].reason == "1 prompts got fewer tokens than were asked for; the first is p: 2 of 9"
+    hung_up = short.model_copy(update={"waived": 7})
+    found, _ = play(tmp_path / "waived", [planned(BASE)],
+                    answers={BASE: good(BASE, transcript=made.model_copy(update={"answers": (hung_up,)}))})  # fmt: skip
+    assert found[0].verdict is Verdict.PASS
 
 
 def test_ctrl_c_cancels_and_leaves_finished_rows(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 
 from harness import starts
 from harness.cell import Mode
+from harness.oracle.band import measured_with
+from harness.oracle.statistics import upper_share
 from harness.starts import SETS, Group, Record, complete, main
 from harness.transcript import Answer, Step, Transcript
 
@@ -33,6 +35,24 @@ def test_every_group_has_one_baseline_and_it_comes_first():
         if start.leads:
             assert start.group not in led and start.cell.baseline
             led.add(start.group)
+
+
+def test_the_first_cover_all_and_bound_the_rate_out_of_sample():
+    """41 starts of 8 groups, of which 26 are compared with a baseline by a null of their own: 7 + 6 + 3 + 3 + 2 + 2 + 1
+    + 2. With twelve sets 312 comparisons; 0 of 299 bounds a rate at 1 %."""
+    first = PLAN[: starts.FIRST]
+    assert len({group.name for group, _ in first}) == 8
+    assert starts.as_run(first) == 26
+    assert upper_share(0, 298) > 0.01 >= upper_share(0, 299)
+    assert starts.as_run(first) * starts.FIRST_SETS >= 299
+    fresh = [item for item in first if not measured_with(item[0].dtype, item[0].model)]
+    assert starts.as_run(fresh) * starts.FIRST_SETS >= 299
+    followers = [start.cell for _, start in first if not start.leads]
+    assert {cell.mode for cell in followers} == set(Mode)
+    assert {group.dtype for group, _ in first} == {"float32", "bfloat16", "float16"}
+    assert {cell.comm for cell in followers} >= {"a2a", "ag_rs"} and {cell.kvp for cell in followers} >= {2, 4}
+    assert PLAN[starts.FIRST][1].leads  # no group is cut in two
+    assert starts.as_run(first[:2]) == 0  # TP1 alone has no null but itself
 
 
 @pytest.mark.parametrize("model", ["recipe:llama-k4", "recipe:llama-retrieve-k4"])
@@ -122,3 +142,20 @@ def test_a_folder_of_another_cell_is_made_again(small, tmp_path, monkeypatch):
     assert complete(tmp_path / "out", start, 1)
     other = start.model_copy(update={"cell": start.cell.model_copy(update={"tp": 4})})
     assert not complete(tmp_path / "out", other, 1)
+
+
+def test_groups_side_by_side_and_a_limit(small, tmp_path, monkeypatch, capsys):
+    """Only the first start; then both, by two threads; a baseline that fails fails what follows it."""
+    monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
+    _, asked = small
+    assert main([str(tmp_path / "out"), "--sets", "1", "--limit", "1"]) == 0
+    assert [mode for mode, *_ in asked] == ["standard-tp"]
+    assert main([str(tmp_path / "out"), "--sets", "1", "--jobs", "2"]) == 0
+    assert [mode for mode, *_ in asked] == ["standard-tp", "helix-gqa"]
+
+    def dies(*arguments, **options):
+        raise OSError("no server")
+
+    monkeypatch.setattr(starts, "answer_all", dies)
+    assert main([str(tmp_path / "other"), "--sets", "1", "--jobs", "2"]) == 3
+    assert capsys.readouterr().out.count("failed") == 2

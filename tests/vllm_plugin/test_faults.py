@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helix_runtime.combine.collectives import Collectives
 from helix_runtime.combine.merge import merge_partials
 from helix_runtime.sharding import slot_mapping
 from helix_runtime.vllm_plugin import fault_cache, fault_merge
@@ -22,6 +23,7 @@ def site(**changes) -> Site:
     [
         ("drop-shard", {}, None),
         ("drop-shard:layer=1", {"layer": 1}, {"layer": 0}),
+        ("drop-shard:rank=1", {"kvp_rank": 1}, {"kvp_rank": 0}),
         ("drop-shard:batch", {"requests": 2}, {"requests": 1}),
         ("drop-shard:single", {"requests": 1}, {"requests": 2}),
         ("drop-shard:decode", {"decode": True}, {"decode": False}),
@@ -34,6 +36,46 @@ def test_conditions(spec, strikes, spares):
     assert armed.at(site(**strikes)) is not NO_FAULT
     if spares is not None:
         assert armed.at(site(**spares)) is NO_FAULT
+
+
+def test_every_third_call_and_however_often_it_is_asked():
+    """Calls 3 and 6 of a layer's attention; a choice of slots (layer -1) between them is no call of attention."""
+    armed = make_fault("drop-shard:call=3")
+    struck = []
+    for call in range(1, 8):
+        slots, here = site(layer=-1), site(layer=call % 2)
+        armed.at(slots)
+        struck += [call] * (armed.at(here) is not NO_FAULT and armed.at(here) is armed.fault)
+    assert struck == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("spec", "arrives"),
+    [
+        ("swap-chunks", [1, 0, 2, 3]),
+        ("swap-last-chunks", [0, 1, 3, 2]),
+        ("rotate-chunks", [1, 2, 3, 0]),
+    ],
+)
+def test_whose_chunk_each_of_four_ranks_gets(spec, arrives):
+    """An exchange that hands over what it is given shows in which order chunks leave."""
+
+    def exchange(output, input, *, group):
+        output.copy_(input)
+
+    given = Collectives(all_to_all=exchange, all_gather=exchange, reduce_scatter=exchange)
+    wrong, output = make_fault(spec).fault.collectives(given), torch.empty(4, 2)
+    for name, order in (("all_to_all", arrives), ("reduce_scatter", arrives), ("all_gather", [0, 1, 2, 3])):
+        getattr(wrong, name)(output, torch.arange(4.0)[:, None].expand(4, 2), group=None)
+        assert output[:, 0].tolist() == order
+
+
+def test_a_worker_that_dies_dies_in_the_call_that_is_named():
+    armed = make_fault("dies:call=2")
+    first, second = site(), site(layer=3)
+    armed.at(first).partial(torch.zeros(1, 1, 1), torch.zeros(1, 1), first)
+    with pytest.raises(RuntimeError, match="KVP rank 1 dies in layer 3"):
+        armed.at(second).partial(torch.zeros(1, 1, 1), torch.zeros(1, 1), second)
 
 
 def test_no_fault_changes_nothing():
@@ -62,9 +104,11 @@ def test_stale_lse_is_that_of_the_call_before():
     assert torch.equal(fault.partial(output, other, site())[1], other)  # another shape: nothing stale fits
 
 
-@pytest.mark.parametrize("spec", ["typo", "drop-shard:never", "drop-shard:layer=x", "lse-base-2:head=1"])
+@pytest.mark.parametrize(
+    "spec", ["typo", "drop-shard:never", "drop-shard:layer=x", "lse-base-2:head=1", "no-combine:call=0"]
+)
 def test_unknown_words_list_the_known(spec):
-    with pytest.raises(HelixRefusal, match=r"there are: double-shard, drop-shard|allowed: batch"):
+    with pytest.raises(HelixRefusal, match=r"there are: dies, double-shard, drop-shard|allowed: batch"):
         make_fault(spec)
 
 

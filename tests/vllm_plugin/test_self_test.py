@@ -1,15 +1,19 @@
 """The self-test's arithmetic, and that it refuses every exchange defect when one is armed before it."""
 
 import math
+import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness.observe import SELF_TEST
+from harness.server.log import Cause, explain
 from helix_runtime.combine.merge import merge_partials
 from helix_runtime.vllm_plugin.faults import FAULTS, Site, make_fault
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
-from helix_runtime.vllm_plugin.self_test import expected, self_test, tagged_partial
+from helix_runtime.vllm_plugin.self_test import deadline, expected, self_test, tagged_partial
 
 KVP = 2
 
@@ -65,3 +69,27 @@ def test_an_unknown_fault_names_the_known_ones():
         make_fault("typo")
     for name in FAULTS:
         assert name in str(refusal.value)
+
+
+def test_an_exchange_that_never_ends_is_a_refusal_in_the_log(capfd):
+    """What hangs is ended from another thread, with the words that the harness takes for a failed self-test."""
+    ended, statuses = threading.Event(), []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        ended.set()
+
+    context = SimpleNamespace(comm="a2a", rank=3, kvp_rank=1, kvp=2)
+    with deadline(context, 0.01, end):
+        assert ended.wait(30)
+    said = capfd.readouterr().err
+    assert statuses == [1] and "HelixRefusal: self-test of the a2a exchange on rank 3 (KVP rank 1 of 2)" in said
+    found = explain(said, 1)
+    assert found.cause is Cause.REFUSED and SELF_TEST in found.reason
+
+
+def test_an_exchange_that_ends_is_left_alone():
+    statuses: list[int] = []
+    with deadline(SimpleNamespace(comm="a2a", rank=0, kvp_rank=0, kvp=2), 3600, statuses.append):
+        before = threading.active_count()
+    assert statuses == [] and before > 1
