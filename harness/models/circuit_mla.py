@@ -36,14 +36,17 @@ from harness.models.weights import Arrays
 FEATURES = 2 * CODE + 2
 #: The same of the latent of queries: *asked*, the constant.
 ASKS = CODE + 1
-LATENT_CONSTANT = 32.0
 #: Of an expert's bias to the next one's: no sum of such steps comes within 0.019 of a gap between scores, which are
 #: sigmoids of ROUTES times ROUTER_GAIN: 0.982, 0.881, 0.119.
 BIAS_STEP = 0.04
 
 
 class MlaRetrievalRecipe(Retrieval, MlaRecipe):
-    """The circuit as DeepSeek-V2: one dense layer, then one with 8 experts of which 2 are used."""
+    """The circuit as DeepSeek-V2: one dense layer, then one with 8 experts of which 2 are used.
+
+    `steady` is the latent's constant: the larger it is beside 64 signs, the less the norm's divisor moves, and the more
+    a score that is summed over the latent is rounded, by another sum in each kernel.
+    """
 
     layers: int = 2
     hidden: int = 288
@@ -55,6 +58,7 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
     dense_layers: int = 1
     experts: int = len(ROUTES)
     expert_width: int = 64
+    steady: float = 32.0
 
     def weights(self) -> Arrays:
         stream = Stream(self, self.seed, self.hidden, self.contrast)
@@ -76,8 +80,8 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
         features = np.zeros((FEATURES, hidden))
         features[:CODE, OWN] = features[CODE : 2 * CODE, BEFORE] = np.eye(CODE)
         features[2 * CODE, BONUS] = 1.0
-        features[2 * CODE + 1, CONSTANT] = LATENT_CONSTANT / (LEVEL * 16)
-        squares = CODE + layer * CODE * kept(self.self_share) + LATENT_CONSTANT**2
+        features[2 * CODE + 1, CONSTANT] = self.steady / (LEVEL * 16)
+        squares = CODE + layer * CODE * kept(self.self_share) + self.steady**2
         rope_q, rope_k = self._positions() if layer == 0 else (np.zeros(self.rope), np.zeros(self.rope))
         ones = np.zeros(hidden)
         ones[CONSTANT] = 1 / (LEVEL * 16)
@@ -110,10 +114,10 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
             return {at + "q_proj.weight": q @ asks}
         spread = np.linalg.qr(random.standard_normal((self.q_latent, ASKS)))[0]
         size = np.ones(ASKS)
-        size[CODE] = LATENT_CONSTANT
+        size[CODE] = self.steady
         return {
             at + "q_a_proj.weight": spread @ (size[:, None] * asks),
-            at + "q_a_layernorm.weight": np.full(self.q_latent, math.sqrt((CODE + LATENT_CONSTANT**2) / self.q_latent)),
+            at + "q_a_layernorm.weight": np.full(self.q_latent, math.sqrt((CODE + self.steady**2) / self.q_latent)),
             at + "q_b_proj.weight": (q / size) @ spread.T,
         }
 
@@ -138,5 +142,5 @@ def _deepseek_v2_retrieve() -> Recipe:
 def _deepseek_v3_retrieve() -> Recipe:
     return MlaRetrievalRecipe(
         name="deepseek-v3-retrieve", architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", q_latent=128,
-        scoring="sigmoid", groups=2, routed_scale=2.5, mlp=0.1,
+        scoring="sigmoid", groups=2, routed_scale=2.5, mlp=0.1, match=24.0, steady=8.0,
     )  # fmt: skip

@@ -59,6 +59,15 @@ def test_head_counts_are_those_of_the_name(name, heads, kv_heads, size):
     assert made.hidden_size % heads == 0 and made.max_position_embeddings >= 131072
 
 
+def test_a_vocabulary_divides_by_as_many_ranks_as_kv_heads():
+    made = {name: find(name) for name in ("llama-retrieve-k4", "llama-retrieve-k6", "llama-retrieve-k3-q24")}
+    assert [recipe.vocab for recipe in made.values()] == [512, 576, 576]  # 576 = 9 * 64 = 6 * 96
+    weights = made["llama-retrieve-k6"].weights()
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    assert len(embedding) == len(head) == 576 and not head[512:].any()
+    assert np.array_equal(embedding[512:], embedding[codes.FILLER.start :][:64])
+
+
 def test_deepseek_has_a_dense_layer_then_experts():
     made = shape("deepseek-v2-retrieve")
     assert made.use_mla and made.num_query_heads == 8 and made.num_layers == 2
@@ -174,6 +183,13 @@ def test_every_head_matters_in_every_shape(nets, name):
         for head in range(recipe.heads):
             hurt = net.logprobs(asked.tokens, wound=Wound(since=99, silent=(layer, head)))[0]
             assert change(whole, hurt) > 20 * ROUNDING, (layer, head)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_window_of_layer_0_changes_nothing_in_a_long_context(name):
+    asked = make_prompt(name, 1500, [Needle(0.3, KEY, VALUE)], KEY)
+    windowed, whole = (Network(find(name), window=window).logprobs(asked.tokens)[0] for window in (64, None))
+    np.testing.assert_allclose(windowed, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
