@@ -98,7 +98,8 @@ class Cell(Frozen):
             args += ["--decode-context-parallel-size", str(self.kvp)]
         if self.mode.helix:
             args += ["--helix-mode"]
-        if self.backend != "auto" and self.hardware != "cpu":
+        # On CPU the plugin puts its own in; stock vLLM is told, because it would take AMX_MLA where the host has AMX.
+        if self.backend != "auto" and (self.hardware != "cpu" or self.baseline):
             args += ["--attention-backend", self.backend]
         if self.kvp > 1 and self.interleave > 1:
             args += ["--cp-kv-cache-interleave-size", str(self.interleave)]

@@ -175,6 +175,28 @@ def uncached(cell: Cell, attempt: Attempt) -> str | None:
     return None
 
 
+def never_empty(cell: Cell, attempt: Attempt) -> str | None:
+    """What is wrong with the claim that shards without a token were merged; None if nothing is.
+
+    A prompt of one token leaves every shard but the first one's empty. Told on CPU, where the workers count them.
+    """
+    short = any(answer.prompt_length == 1 for answer in attempt.transcript.answers)
+    if cell.hardware != "cpu" or cell.kvp == 1 or not short:
+        return None
+    if any(proof.counters.get("empty_shard") for proof in attempt.proofs):
+        return None
+    return "a prompt of one token was asked, and no rank counted an empty shard"
+
+
+def unpreempted(cell: Cell, transcript: Transcript) -> str | None:
+    """What is wrong with the claim that a cache which was made small is too small for a batch; None if nothing is."""
+    if "num-gpu-blocks-override" not in dict(cell.serve):
+        return None
+    if transcript.counts is None:
+        return "its cache was made small, but the server does not count whom it preempted"
+    return None if transcript.counts.preempted else "its cache was made small, and no request was preempted"
+
+
 def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Observation:
     if not judgement.agree:
         verdict = Verdict.XFAIL if item.declared is Verdict.XFAIL else Verdict.FAIL
@@ -185,6 +207,8 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
         check_proof(item.cell, attempt.proofs, longest_written(attempt.transcript))
         or dropped(attempt.transcript)
         or uncached(item.cell, attempt)
+        or never_empty(item.cell, attempt)
+        or unpreempted(item.cell, attempt.transcript)
     )
     if unproven:
         return Observation(Verdict.UNPROVEN, f"{judgement.reason}; but {unproven}", judgement)

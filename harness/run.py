@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -245,18 +246,24 @@ def _of_cluster(cluster: "RayExecutor") -> dict:
 
 
 def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:
-    """The card of each made model whose servers answered, into the run's ledger. No part of any verdict."""
+    """The card of each made model whose servers answered, into the run's ledger. No part of any verdict.
+
+    Measured side by side, one a core: the run waits for them.
+    """
     from harness.ledger import Ledger
     from harness.models.recipe import PREFIX
     from harness.models.sheet import card_of
 
-    cards = []
-    for model in sorted({result.cell.model for result in results if result.transcript_digest}):
-        if model.startswith(PREFIX):
-            try:
-                cards.append(card_of(model).model_dump(mode="json"))
-            except Exception as problem:  # a run is not lost to what only describes its models
-                print(f"no card of {model}: {type(problem).__name__}: {problem}", flush=True)
+    def card(model: str) -> dict | None:
+        try:
+            return card_of(model).model_dump(mode="json")
+        except Exception as problem:  # a run is not lost to what only describes its models
+            print(f"no card of {model}: {type(problem).__name__}: {problem}", flush=True)
+            return None
+
+    made = sorted({result.cell.model for result in results if result.transcript_digest})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cards = list(filter(None, pool.map(card, (model for model in made if model.startswith(PREFIX)))))
     if cards:
         Ledger(run_dir).models(cards)
 

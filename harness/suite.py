@@ -113,7 +113,7 @@ class Group(Strict):
     workload: Literal["smoke", "standard"] = "standard"
     bench: BenchSpec | None = Field(default=None, description="measure the cells against their baselines under load")
     vllm_version: Axis[Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")]] = (DEFAULT_VLLM,)
-    fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?)?$")] | None] = (None,)
+    fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?(,[a-z]+(=[0-9]+)?)*)?$")] | None] = (None,)
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None
     refusal: Sentence | None = Field(default=None, description="text that the refusal must contain")

@@ -5,7 +5,7 @@ it covers every KVP that divides TP and every interleave that the suites cross, 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -30,7 +30,8 @@ REUSE_BATCH = 5
 #: Requests whose client hangs up: prompt length, tokens it waits for. Each asks for ABORTED_TOKENS.
 ABORTED = ((40, 1), (150, 3), (220, 6))
 ABORTED_TOKENS = 1000
-NEEDLE_LENGTH = 600
+#: Lengths of needle prompts, as far as they fit; beyond the first, one a KVP is asked, as they are slow.
+NEEDLE_LENGTHS = (600, 8000)
 #: No more seats than these are filled: the server of a GPU has hundreds.
 MOST_SEATS = 32
 FIRST_WORD = 4  # below are special tokens
@@ -180,7 +181,8 @@ def make_workload(
                 why = "takes the slot and the blocks of a dropped request: nothing of it must be left"
                 add("reuse", why, length + more, budget.boundary // 2, batch=REUSE_BATCH)
     if retrieves:
-        for why, tokens, answer in needles(retrieves, tp, seed):
+        lengths = [length for length in NEEDLE_LENGTHS if fits(length, tp) and length <= (longest or length)]
+        for why, tokens, answer in needles(retrieves, tp, seed, lengths):
             if fits(len(tokens), answer):
                 name = f"{len(prompts):02d}-needle-{len(tokens)}"
                 prompts.append(
@@ -189,19 +191,21 @@ def make_workload(
     return Workload(profile=profile, vocab=vocab, prompts=tuple(prompts))
 
 
-def needles(recipe: str, tp: int, seed: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def needles(
+    recipe: str, tp: int, seed: int, lengths: Iterable[int] = NEEDLE_LENGTHS[:1]
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """(why, prompt, tokens to generate) of chains whose every decode step must read one known shard."""
     from harness.models.retrieval import make_chain, place_in_shard
 
-    for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
-        for interleave in INTERLEAVES:
-            places = [
-                place_in_shard(NEEDLE_LENGTH, kvp, interleave, rank, depth=(rank + 1) / (kvp + 1))
-                for rank in range(kvp)
-            ]
-            question = make_chain(recipe, NEEDLE_LENGTH, places, seed)
-            why = f"step i looks up a value that lies in the shard of rank i: KVP {kvp}, interleave {interleave}"
-            yield why, question.tokens, len(question.expected)
+    for length in lengths:
+        for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
+            for interleave in INTERLEAVES if length == NEEDLE_LENGTHS[0] else INTERLEAVES[-1:]:
+                places = [
+                    place_in_shard(length, kvp, interleave, rank, depth=(rank + 1) / (kvp + 1)) for rank in range(kvp)
+                ]
+                question = make_chain(recipe, length, places, seed)
+                why = f"step i looks up a value that lies in the shard of rank i: KVP {kvp}, interleave {interleave}"
+                yield why, question.tokens, len(question.expected)
 
 
 def boundaries(tp: int, block: int, thorough: bool = True) -> dict[int, str]:

@@ -48,6 +48,7 @@ class RankProof:
     """What one worker ran. `combine` is `a2a`, `ag_rs` or `none`; `combine_impl` names the function that did it.
 
     `micro_batches`: into how many a decode batch is cut (`helix.overlap`).
+    `q_replicated`: every MLA layer projects the queries of its whole DCP group (`--dcp-q-replicate`): no gather.
     `on_device`: the counters are counted on the device, replays of graphs included, and lag by up to PUBLISHED.
     """
 
@@ -71,6 +72,7 @@ class RankProof:
     self_test: str
     on_device: bool = False
     micro_batches: int = 1
+    q_replicated: bool = False
     counters: dict[str, int] = field(default_factory=dict)
 
 

@@ -39,6 +39,7 @@ from harness.models.stream import (
     constant,
     kept,
     on_grid,
+    padded,
     reads,
     writes,
 )
@@ -66,7 +67,7 @@ class RetrievalRecipe(Retrieval, Recipe):
             mix, back = slices(stream.random, self.heads, self.kv_heads, self.head_dim)
             arrays[at + "self_attn.v_proj.weight"] = reads(mix, OWN, self.hidden)
             arrays[at + "self_attn.o_proj.weight"] = writes(back, BEFORE if layer == 0 else FOUND, self.hidden)
-        return on_grid(arrays)
+        return on_grid(padded(arrays, self.vocab))
 
     def _positions(self, at: str, stream: "Stream") -> Arrays:
         """Queries and keys of layer 0: constants, with another phase for each KV head."""
@@ -178,7 +179,10 @@ def retrieval_recipe(base: str, k: str, q: str | None = None, d: str | None = No
     # Llama's config wants a hidden size that is a multiple of the heads; 32 keeps rows aligned on any device.
     step = math.lcm(heads, 32)
     hidden = -(-WIDTH // step) * step
-    sizes = {"kv_heads": kv_heads, "heads": heads, "head_dim": int(d or 32), "hidden": hidden}
+    # vLLM shards the vocabulary in multiples of 64, on as many ranks as KV heads or a multiple of them.
+    step = math.lcm(kv_heads, 64)
+    vocab = -(-VOCAB // step) * step
+    sizes = {"kv_heads": kv_heads, "heads": heads, "head_dim": int(d or 32), "hidden": hidden, "vocab": vocab}
     return RetrievalRecipe(name=name, **sizes, **qwen)
 
 

@@ -2,7 +2,8 @@
 
 Layer 0 is dense and finds the previous token by the shared rotary key alone. Layer 1 has experts and compares codes in
 the 128 elements without rotation. The latent holds the features of a token in a random orthogonal mix over all of its
-512 elements, beside a constant that keeps its norm's divisor the same.
+512 elements, beside a constant that keeps its norm's divisor the same. So does the latent of queries, where there is
+one (V3), with what a token asks for.
 """
 
 import math
@@ -33,11 +34,19 @@ from harness.models.weights import Arrays
 
 #: Elements of the latent before it is mixed: *own*, *before*, the bonus, the constant.
 FEATURES = 2 * CODE + 2
-LATENT_CONSTANT = 32.0
+#: The same of the latent of queries: *asked*, the constant.
+ASKS = CODE + 1
+#: Of an expert's bias to the next one's: no sum of such steps comes within 0.019 of a gap between scores, which are
+#: sigmoids of ROUTES times ROUTER_GAIN: 0.982, 0.881, 0.119.
+BIAS_STEP = 0.04
 
 
 class MlaRetrievalRecipe(Retrieval, MlaRecipe):
-    """The circuit as DeepSeek-V2: one dense layer, then one with 8 experts of which 2 are used."""
+    """The circuit as DeepSeek-V2: one dense layer, then one with 8 experts of which 2 are used.
+
+    `steady` is the latent's constant: the larger it is beside 64 signs, the less the norm's divisor moves, and the more
+    a score that is summed over the latent is rounded, by another sum in each kernel.
+    """
 
     layers: int = 2
     hidden: int = 288
@@ -49,6 +58,7 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
     dense_layers: int = 1
     experts: int = len(ROUTES)
     expert_width: int = 64
+    steady: float = 32.0
 
     def weights(self) -> Arrays:
         stream = Stream(self, self.seed, self.hidden, self.contrast)
@@ -60,6 +70,8 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
                 arrays |= stream.dense(at + "mlp.", self.intermediate)
             else:
                 arrays |= stream.experts(at + "mlp.", self.experts, self.expert_width)
+                if self.scoring == "sigmoid":
+                    arrays[at + "mlp.gate.e_score_correction_bias"] = np.arange(self.experts) * BIAS_STEP
         return on_grid(arrays)
 
     def _attention(self, at: str, layer: int, stream: Stream) -> Arrays:
@@ -68,31 +80,45 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
         features = np.zeros((FEATURES, hidden))
         features[:CODE, OWN] = features[CODE : 2 * CODE, BEFORE] = np.eye(CODE)
         features[2 * CODE, BONUS] = 1.0
-        features[2 * CODE + 1, CONSTANT] = LATENT_CONSTANT / (LEVEL * 16)
-        squares = CODE + layer * CODE * kept(self.self_share) + LATENT_CONSTANT**2
+        features[2 * CODE + 1, CONSTANT] = self.steady / (LEVEL * 16)
+        squares = CODE + layer * CODE * kept(self.self_share) + self.steady**2
         rope_q, rope_k = self._positions() if layer == 0 else (np.zeros(self.rope), np.zeros(self.rope))
         ones = np.zeros(hidden)
         ones[CONSTANT] = 1 / (LEVEL * 16)
-        q = np.zeros((heads, self.nope + self.rope, hidden))
-        q[:, self.nope :] = rope_q[:, None] * ones
+        q = np.zeros((heads, self.nope + self.rope, ASKS))
+        q[:, self.nope :, CODE] = rope_q
         up = np.zeros((heads, self.nope + self.value, FEATURES))
         if layer:
             size, gain = math.sqrt(self.match / self.scale / CODE), math.sqrt(BONUS_UNIT / self.scale)
             for head in range(heads):
                 frame = np.linalg.qr(random.standard_normal((self.nope, CODE + 1)))[0]
-                q[head, : self.nope, ASKED] = size * frame[:, :CODE]
-                q[head, : self.nope] += gain * np.outer(frame[:, CODE], ones)
+                q[head, : self.nope, :CODE] = size * frame[:, :CODE]
+                q[head, : self.nope, CODE] = gain * frame[:, CODE]
                 up[head, : self.nope, CODE : 2 * CODE] = size * frame[:, :CODE]
                 up[head, : self.nope, 2 * CODE] = gain * frame[:, CODE]
         # Every head has values of its own, so it is as with as many KV heads.
         mix, back = slices(random, heads, heads, self.value)
         up[:, self.nope :, :CODE] = mix.reshape(heads, self.value, CODE)
-        return {
-            at + "q_proj.weight": q.reshape(-1, hidden),
+        return self._queries(at, q.reshape(-1, ASKS), ones, random) | {
             at + "kv_a_proj_with_mqa.weight": np.concatenate([spread @ features, np.outer(rope_k, ones)]),
             at + "kv_a_layernorm.weight": np.full(self.latent, math.sqrt(squares / self.latent)),
             at + "kv_b_proj.weight": up.reshape(-1, FEATURES) @ spread.T,
             at + "o_proj.weight": writes(back, FOUND if layer else BEFORE, hidden),
+        }
+
+    def _queries(self, at: str, q: np.ndarray, ones: np.ndarray, random: np.random.Generator) -> Arrays:
+        """Projections whose queries are `q` [Q * D, ASKS] of (*asked*, 1); `ones` [hidden] reads 1 of any token."""
+        asks = np.zeros((ASKS, len(ones)))
+        asks[:CODE, ASKED], asks[CODE] = np.eye(CODE), ones
+        if self.q_latent is None:
+            return {at + "q_proj.weight": q @ asks}
+        spread = np.linalg.qr(random.standard_normal((self.q_latent, ASKS)))[0]
+        size = np.ones(ASKS)
+        size[CODE] = self.steady
+        return {
+            at + "q_a_proj.weight": spread @ (size[:, None] * asks),
+            at + "q_a_layernorm.weight": np.full(self.q_latent, math.sqrt((CODE + self.steady**2) / self.q_latent)),
+            at + "q_b_proj.weight": (q / size) @ spread.T,
         }
 
     def _positions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -110,3 +136,11 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
 @recipe
 def _deepseek_v2_retrieve() -> Recipe:
     return MlaRetrievalRecipe(name="deepseek-v2-retrieve")
+
+
+@recipe
+def _deepseek_v3_retrieve() -> Recipe:
+    return MlaRetrievalRecipe(
+        name="deepseek-v3-retrieve", architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", q_latent=128,
+        scoring="sigmoid", groups=2, routed_scale=2.5, mlp=0.1, match=24.0, steady=8.0,
+    )  # fmt: skip

@@ -1,10 +1,12 @@
-"""DeepSeek-V2 recipes: multi-head latent attention with YaRN, seeded like the dense ones.
+"""DeepSeek-V2 and V3 recipes: multi-head latent attention with YaRN, seeded like the dense ones.
 
 Every rank caches one latent of `latent + rope` values a token; queries, keys and values of each head are made from it.
 YaRN is part of the recipe: real DeepSeek-V2 has it, and without it stock vLLM's CPU rotary embedding is wrong for MLA.
+V3 projects queries in two steps, and chooses experts by sigmoid scores and a bias, within the best group of experts.
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -15,13 +17,17 @@ from harness.models.weights import Arrays, filler
 class MlaRecipe(Recipe):
     """A DeepSeek-V2 decoder. `latent` is `kv_lora_rank`; `rope`, `nope` and `value` are widths of one head.
 
+    `q_latent` is `q_lora_rank`: queries are projected by way of a normed latent of that width; None: in one step.
     `positions` is the length after YaRN's stretch by `factor`. With `dense_layers` >= `layers` no layer has experts.
+    `scoring`: `softmax` shares as V2 has them, or `sigmoid` scores, chosen with a bias within one of `groups` groups of
+    experts, renormalised and scaled by `routed_scale`, as in V3.
     """
 
     architecture: str = "DeepseekV2ForCausalLM"
     model_type: str = "deepseek_v2"
     kv_heads: int = 1
     latent: int = 512
+    q_latent: int | None = None
     rope: int = 64
     nope: int = 128
     value: int = 128
@@ -31,6 +37,9 @@ class MlaRecipe(Recipe):
     experts: int = 4
     experts_per_token: int = 2
     expert_width: int = 128
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    routed_scale: float = 1.0
 
     @property
     def scale(self) -> float:
@@ -43,7 +52,7 @@ class MlaRecipe(Recipe):
         del config["head_dim"], config["rope_theta"]
         return config | {
             "num_key_value_heads": self.heads,
-            "q_lora_rank": None,
+            "q_lora_rank": self.q_latent,
             "kv_lora_rank": self.latent,
             "qk_rope_head_dim": self.rope,
             "qk_nope_head_dim": self.nope,
@@ -54,12 +63,12 @@ class MlaRecipe(Recipe):
             "n_routed_experts": self.experts,
             "num_experts_per_tok": self.experts_per_token,
             "n_shared_experts": 1,
-            "n_group": 1,
+            "n_group": self.groups,
             "topk_group": 1,
-            "topk_method": "group_limited_greedy",
-            "scoring_func": "softmax",
-            "norm_topk_prob": False,
-            "routed_scaling_factor": 1.0,
+            "topk_method": "noaux_tc" if self.scoring == "sigmoid" else "group_limited_greedy",
+            "scoring_func": self.scoring,
+            "norm_topk_prob": self.scoring == "sigmoid",
+            "routed_scaling_factor": self.routed_scale,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": self.rope_theta,
@@ -76,6 +85,8 @@ class MlaRecipe(Recipe):
         """Random weights, sized as `weights.py` says."""
         if self.dense_layers < self.layers:
             raise ValueError("random experts have router near-ties: a random recipe has dense layers only")
+        if self.q_latent:
+            raise ValueError("a random recipe projects queries in one step; the retrieval recipes know both ways")
         normal, ones, random = filler(self.seed)
         hidden, heads = self.hidden, self.heads
         # `scale` q.k of vectors with RMS a and b has standard deviation a.b.(YaRN's temperature).

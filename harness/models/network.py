@@ -106,7 +106,7 @@ class Network:
         """Unabsorbed: every head's own keys and values."""
         recipe, weights, heads = self.recipe, self.weights, self.recipe.heads
         frequencies = yarn_frequencies(recipe)
-        q = linear(h[first:], weights[at + "q_proj.weight"]).unflatten(-1, (heads, -1))
+        q = self._latent_queries(at, h[first:]).unflatten(-1, (heads, -1))
         down = linear(h, weights[at + "kv_a_proj_with_mqa.weight"])
         latent = self._norm(down[:, : recipe.latent], at + "kv_a_layernorm")
         up = linear(latent, weights[at + "kv_b_proj.weight"]).unflatten(-1, (heads, -1))
@@ -118,18 +118,43 @@ class Network:
         q, k, v = (x.to(self.wide).transpose(0, 1)[:, None] for x in (q, k, up[..., recipe.nope :]))
         return q, k, v, recipe.scale
 
+    def _latent_queries(self, at: str, h: Tensor) -> Tensor:
+        """In one step, or by way of a normed latent."""
+        if self.recipe.q_latent is None:
+            return linear(h, self.weights[at + "q_proj.weight"])
+        latent = self._norm(linear(h, self.weights[at + "q_a_proj.weight"]), at + "q_a_layernorm")
+        return linear(latent, self.weights[at + "q_b_proj.weight"])
+
     def _feed(self, at: str, h: Tensor) -> Tensor:
-        """A dense MLP, or DeepSeek-V2's experts: softmax over all, the best few, weights not renormalised."""
+        """A dense MLP, or DeepSeek's experts beside a shared one."""
         if at + "gate.weight" not in self.weights:
             return self._mlp(at, h)
         recipe = self.recipe
-        shares = linear(h.to(self.wide), self.weights[at + "gate.weight"].to(self.wide)).softmax(-1)
-        best, chosen = shares.topk(recipe.experts_per_token, dim=-1)
+        logits = linear(h.to(self.wide), self.weights[at + "gate.weight"].to(self.wide))
+        best, chosen = self._routes(at, logits)
         out = self._mlp(at + "shared_experts.", h)
         for expert in range(recipe.experts):
             row, place = torch.where(chosen == expert)
             out[row] += self._mlp(f"{at}experts.{expert}.", h[row]) * best[row, place, None].to(self.dtype)
         return out
+
+    def _routes(self, at: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, experts) [T, few]. V2: softmax over all, the best few, not renormalised.
+
+        V3: sigmoid scores; with a bias added, the group whose two best experts sum highest, and its best few; their
+        scores without the bias, renormalised and scaled.
+        """
+        recipe, few = self.recipe, self.recipe.experts_per_token
+        if recipe.scoring == "softmax":
+            return logits.softmax(-1).topk(few, dim=-1)
+        scores = logits.sigmoid()
+        wanted = scores + self.weights[at + "gate.e_score_correction_bias"].to(self.wide)
+        by_group = wanted.unflatten(-1, (recipe.groups, -1))
+        best_group = by_group.topk(2, dim=-1)[0].sum(-1).argmax(-1, keepdim=True)
+        others = torch.arange(recipe.groups) != best_group
+        chosen = by_group.masked_fill(others[..., None], -math.inf).flatten(-2).topk(few, dim=-1)[1]
+        best = scores.gather(-1, chosen)
+        return best / best.sum(-1, keepdim=True) * recipe.routed_scale, chosen
 
     def _mlp(self, at: str, h: Tensor) -> Tensor:
         gate, up, down = (self.weights[f"{at}{name}_proj.weight"] for name in ("gate", "up", "down"))

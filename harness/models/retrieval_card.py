@@ -44,6 +44,7 @@ class Sensitivity(Frozen):
     kvp: int
     interleave: int
     own_shard_loss: float  # what the right answer's logprob loses; `flips` is the share of answers that change
+    shard_losses: tuple[float, ...]  # the same of each rank in turn, whose shard holds the answer and is masked
     flips: float
     other_shard: float
     base_2: float
@@ -79,7 +80,10 @@ def card(
 
 
 def far(recipe: Recipe | str, dtype: str = "float32", length: int = FAR, depths: int = 3) -> Margin:
-    """Margins at 128k tokens: layer 0 sees its last tokens only, layer 1 all. RAM: 3 GiB in fp32 (MLA 6)."""
+    """Margins at 128k tokens, or another `length`: layer 0 sees its last tokens only, layer 1 all.
+
+    What layer 0 does not see has less than rounding of its attention. At 128k tokens RAM is 3 GiB in fp32 (MLA 6).
+    """
     made = find(recipe) if isinstance(recipe, str) else recipe
     nets = {dtype: Network(made, dtype=DTYPES[dtype], window=WINDOW)}
     return _margins(nets, length, depths, 0)[0]
@@ -151,6 +155,7 @@ def sensitivity(net: Network, length: int, kvp: int, interleave: int) -> Sensiti
         kvp=kvp,
         interleave=interleave,
         own_shard_loss=min(loss),
+        shard_losses=tuple(loss),
         flips=float(np.mean(flips)),
         other_shard=min(other),
         base_2=min(base_2),

@@ -14,8 +14,9 @@ from harness.models.recipe import PREFIX, Recipe, cache_root, find
 from harness.models.stream import Retrieval
 
 #: Part of a kept card's name; raise it when what is measured changes.
-VERSION = 1
+VERSION = 2
 LENGTHS = (100, 1000)  # of a retrieval model's prompts
+LONG = 8000  # the same in fp32 only, at both ends of the context: half a second a prompt
 SHARDS = ((2, 1), (4, 16))  # (KVP, interleave)
 AT = 300  # tokens, where shards are masked
 RANDOM_LENGTH = 256
@@ -56,7 +57,7 @@ def card_of(model: str) -> ModelCard:
 
 
 def _kept(made: Recipe) -> Path:
-    measured = content_hash([VERSION, LENGTHS, SHARDS, AT, RANDOM_LENGTH])
+    measured = content_hash([VERSION, LENGTHS, LONG, SHARDS, AT, RANDOM_LENGTH])
     return cache_root().parent / "cards" / f"{made.name}-{made.key}-{measured}.json"
 
 
@@ -70,11 +71,16 @@ def _shape(made: Recipe) -> str:
 
 
 def _looks_up(made: Recipe) -> ModelCard:
-    from harness.models.retrieval_card import card
+    import torch
 
+    from harness.models.retrieval_card import card, far
+
+    torch.set_num_threads(
+        1
+    )  # of this thread: cards are measured side by side, and two that share cores stall each other
     found = card(made, lengths=LENGTHS, depths=3, shards=SHARDS, at=AT)
     margins, sensitivity = [], []
-    for row in found.margins:
+    for row in (*found.margins, far(made, length=LONG, depths=2)):
         at = f"{row.dtype}, {row.length} tokens"
         right = f"{row.right} of {row.asked} right; median {row.median:.2f}"
         margins.append(Measure(name=f"smallest margin, {at}", value=row.smallest, unit="nat", note=right))
@@ -84,7 +90,12 @@ def _looks_up(made: Recipe) -> ModelCard:
         at = f"KVP {hurt.kvp}, interleave {hurt.interleave}"
         flips = f"{hurt.flips:.0%} of the answers change"
         sensitivity += [
-            Measure(name=f"shard of the answer masked, {at}", value=hurt.own_shard_loss, unit="nat", note=flips),
+            *(
+                Measure(
+                    name=f"rank {rank}'s shard masked, with the answer in it, {at}", value=loss, unit="nat", note=flips
+                )
+                for rank, loss in enumerate(hurt.shard_losses)
+            ),
             Measure(name=f"another shard masked, {at}", value=hurt.other_shard, unit="nat"),
             Measure(name=f"partials merged as base 2, {at}", value=hurt.base_2, unit="nat"),
             Measure(name=f"partials weighted equally, {at}", value=hurt.equal_weights, unit="nat"),

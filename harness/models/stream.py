@@ -10,7 +10,7 @@ import numpy as np
 
 from harness.frozen import Frozen
 from harness.models import codes
-from harness.models.codes import CODE, VOCAB
+from harness.models.codes import CODE, FILLER, VOCAB
 from harness.models.weights import Arrays, filler
 
 OWN, ASKED, BEFORE, FOUND = (slice(CODE * part, CODE * (part + 1)) for part in range(4))
@@ -130,6 +130,16 @@ def constant(values: np.ndarray, hidden: int) -> np.ndarray:
     rows = np.zeros((len(values), hidden))
     rows[:, CONSTANT] = values[:, None] / (LEVEL * 16)
     return rows
+
+
+def padded(arrays: Arrays, vocab: int) -> Arrays:
+    """The arrays with `vocab` words. Those beyond the codes read like ordinary ones, and are never said: logit 0."""
+    embedding, head = arrays["model.embed_tokens.weight"], arrays["lm_head.weight"]
+    more = vocab - len(embedding)
+    return arrays | {
+        "model.embed_tokens.weight": np.concatenate([embedding, embedding[FILLER.start :][:more]]),
+        "lm_head.weight": np.concatenate([head, np.zeros((more, head.shape[1]))]),
+    }
 
 
 def on_grid(arrays: Arrays) -> Arrays:

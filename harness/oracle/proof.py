@@ -29,6 +29,7 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof], longest: int = 0) -> st
             ("backend", proof.backend, cell.backend if cell.backend != "auto" else proof.backend),
             ("vLLM version", proof.vllm_version.split("+")[0], cell.vllm_version),
             ("combine's function", bool(proof.combine_impl), True),
+            ("replication of queries", proof.q_replicated, dict(cell.serve).get("dcp-q-replicate") is True),
         )
         for what, ran, claimed in claims:
             if ran != claimed:

@@ -1,8 +1,8 @@
-"""Deliberate defects, switchable in a worker by name: `additional_config={"helix": {"fault": "NAME[:WHEN]"}}`.
+"""Deliberate defects, switchable in a worker by name: `additional_config={"helix": {"fault": "NAME[:WHEN[,WHEN…]]"}}`.
 
 They exist to test the oracle: a comparison that cannot tell these from a right answer proves nothing. A fault is armed
 after the start-up self-test, which would refuse most of them. WHEN restricts a fault to some calls, rows or heads:
-`drop-shard:layer=1`, `stale-lse:batch`, `drop-shard:every=100`; see `make_fault`. The defects themselves are in
+`drop-shard:layer=1,head=5`, `stale-lse:batch`, `drop-shard:every=100`; see `make_fault`. The defects themselves are in
 `fault_merge.py` (what is sent and merged) and `fault_cache.py` (what is read, written, or never ran).
 """
 
@@ -211,34 +211,53 @@ NOTHING_ARMED = ArmedFault(NO_FAULT, lambda site: False)
 
 
 def make_fault(spec: str | None) -> ArmedFault:
-    """The fault `NAME[:WHEN]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
+    """The fault `NAME[:WHEN[,WHEN…]]`, or none for None. Raises HelixRefusal for unknown words, listing the known ones.
 
     WHEN is one of CONDITIONS, `layer=N`, `rank=N` (of each KVP group), `call=K` (every Kth attention call of a worker),
-    or for some faults `head=N` (query head N of the model), `every=N` (tokens at
-    every Nth position) or `beyond=N` (tokens with at least N before them).
+    or for some faults `head=N` (query head N of the model), `every=N` (tokens at every Nth position) or `beyond=N`
+    (tokens with at least N before them). Of several, all must hold.
     """
     from helix_runtime.vllm_plugin import fault_cache, fault_merge  # noqa: F401  (they register themselves)
 
     if spec is None:
         return NOTHING_ARMED
-    name, _, when = spec.partition(":")
+    name, _, restrictions = spec.partition(":")
     if name not in FAULTS:
         raise HelixRefusal(f"no fault is called {name!r}; there are: {', '.join(sorted(FAULTS))}")
     kind = FAULTS[name]
+    made, conditions = kind(), []
+    for when in restrictions.split(",") if restrictions else ():
+        if condition := _condition(when):
+            conditions.append(condition)
+        elif select := _selective(when, kind):
+            made = select(made)
+        else:
+            raise _cannot_be_restricted(name, when)
+    return ArmedFault(made, lambda site: all(holds(site) for holds in conditions))
+
+
+def _condition(when: str) -> Callable[[Site], bool] | None:
+    """Where a WHEN holds; None for one that is no condition of a site."""
     key, _, number = when.partition("=")
-    if not when:
-        return ArmedFault(kind(), lambda site: True)
-    if when in CONDITIONS:
-        return ArmedFault(kind(), CONDITIONS[when])
     if key in NUMBERED and number.isdigit() and int(number) >= (key == "call"):
-        return ArmedFault(kind(), NUMBERED[key](int(number)))
+        return NUMBERED[key](int(number))
+    return CONDITIONS.get(when)
+
+
+def _selective(when: str, kind: type[Fault]) -> Callable[[Fault], Fault] | None:
+    """What restricts a fault of this kind to the heads or tokens of a WHEN; None for one that cannot."""
+    key, _, number = when.partition("=")
     if key in SELECTIVE and number.isdigit() and int(number) >= (key != "head") and _selectable(kind, key):
-        return ArmedFault(SELECTIVE[key](kind(), int(number)), lambda site: True)
+        return lambda whole: SELECTIVE[key](whole, int(number))
+    return None
+
+
+def _cannot_be_restricted(name: str, when: str) -> HelixRefusal:
     by_head = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "head")))
     by_token = ", ".join(sorted(known for known, cls in FAULTS.items() if _selectable(cls, "every")))
-    raise HelixRefusal(
+    return HelixRefusal(
         f"fault {name!r} cannot be restricted to {when!r}; allowed: {', '.join(CONDITIONS)}, layer=N, rank=N, call=K; "
-        f"head=N for {by_head}; every=N and beyond=N for {by_token}"
+        f"head=N for {by_head}; every=N and beyond=N for {by_token}; several with commas between"
     )
 
 

@@ -75,6 +75,11 @@ def admit(config, options: HelixOptions) -> Layout:
     probe(vllm.__version__, "cpu" if current_platform.is_cpu() else "cuda", extra)
     if model.use_mla:
         check_mla(model.architecture)
+    elif parallel.dcp_q_replicate:
+        raise HelixRefusal(
+            f"--dcp-q-replicate makes every rank of a DCP group project the queries of all its heads, which vLLM does "
+            f"for MLA models only; {model.architecture} would ignore it: drop it"
+        )
     refuse_unproved(config)
     layout = layout_of(config, options)
     if options.share_gpu:

@@ -129,10 +129,12 @@ def rank_proof(worker, context) -> RankProof:
     import vllm
     from vllm.config import get_layers_from_vllm_config
     from vllm.distributed.parallel_state import get_dcp_group, get_tp_group
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = get_layers_from_vllm_config(worker.vllm_config, AttentionLayerBase)
     impls = {type(layer.impl) for layer in layers.values()}
+    latent = [layer for layer in layers.values() if isinstance(layer, MLAAttention)]
     layout, group = context.layout, get_dcp_group()
     return RankProof(
         rank=get_tp_group().rank_in_group,
@@ -155,6 +157,7 @@ def rank_proof(worker, context) -> RankProof:
         self_test="ok",
         on_device=context.proof.on_device is not None,
         micro_batches=context.micro_batches,
+        q_replicated=bool(latent) and all(layer.dcp_q_replicate for layer in latent),
     )
 
 

@@ -94,6 +94,15 @@ def test_options_of_dcp_are_none_of_a_baseline():
     assert plan[2].baseline == plan[3].baseline == plan[1].cell
 
 
+def test_stock_vllm_is_told_its_backend_on_cpu_and_the_plugin_is_not():
+    reference, base, item = expand([suite(mode="helix-mla", backend="HELIX_CPU_MLA", model="recipe:deepseek-v2",
+                                          layout={"tp": 4, "dcp": 4})], [CPU])  # fmt: skip
+    for stock in (reference, base):
+        told = stock.cell.serve_args()
+        assert told[told.index("--attention-backend") + 1] == "CPU_MLA"
+    assert "--attention-backend" not in item.cell.serve_args()
+
+
 def test_a_refused_cell_brings_no_chain():
     (item,) = expand([suite(layout={"tp": 4, "dcp": 4})], [CPU])
     assert item.declared is Verdict.REJECTED and item.baseline is None

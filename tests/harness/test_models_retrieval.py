@@ -19,7 +19,7 @@ from harness.models.stream import Retrieval  # noqa: E402
 from helix_runtime.sharding import owner  # noqa: E402
 
 NAMES = sorted(name for name, made in RECIPES.items() if isinstance(made, Retrieval))
-FAMILIES = ["llama-retrieve-k2", "qwen3-retrieve-k4", "deepseek-v2-retrieve"]
+FAMILIES = ["llama-retrieve-k2", "qwen3-retrieve-k4", "deepseek-v2-retrieve", "deepseek-v3-retrieve"]
 KEY, VALUE, WEAK = 10, 190, 101
 ROUNDING = 1e-3  # nats; fp32 against fp64 shows less than 2e-4 (`test_rounding`)
 
@@ -59,6 +59,15 @@ def test_head_counts_are_those_of_the_name(name, heads, kv_heads, size):
     assert made.hidden_size % heads == 0 and made.max_position_embeddings >= 131072
 
 
+def test_a_vocabulary_divides_by_as_many_ranks_as_kv_heads():
+    made = {name: find(name) for name in ("llama-retrieve-k4", "llama-retrieve-k6", "llama-retrieve-k3-q24")}
+    assert [recipe.vocab for recipe in made.values()] == [512, 576, 576]  # 576 = 9 * 64 = 6 * 96
+    weights = made["llama-retrieve-k6"].weights()
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    assert len(embedding) == len(head) == 576 and not head[512:].any()
+    assert np.array_equal(embedding[512:], embedding[codes.FILLER.start :][:64])
+
+
 def test_deepseek_has_a_dense_layer_then_experts():
     made = shape("deepseek-v2-retrieve")
     assert made.use_mla and made.num_query_heads == 8 and made.num_layers == 2
@@ -70,6 +79,13 @@ def test_deepseek_has_a_dense_layer_then_experts():
     )
     assert (made.moe.first_dense_layers, made.moe.routed, made.moe.per_token) == (1, 8, 2)
     assert find("deepseek-v2-retrieve").config()["rope_parameters"]["rope_type"] == "yarn"
+
+
+def test_deepseek_v3_projects_queries_in_two_steps_and_has_groups_of_experts():
+    made, config = shape("deepseek-v3-retrieve"), find("deepseek-v3-retrieve").config()
+    assert made.use_mla and made.mla.q_lora_rank == 128 and made.moe.first_dense_layers == 1
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"] and config["rope_parameters"]["rope_type"] == "yarn"
+    assert (config["scoring_func"], config["topk_method"], config["n_group"]) == ("sigmoid", "noaux_tc", 2)
 
 
 def test_names_that_no_model_can_have_are_refused():
@@ -170,6 +186,13 @@ def test_every_head_matters_in_every_shape(nets, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_window_of_layer_0_changes_nothing_in_a_long_context(name):
+    asked = make_prompt(name, 1500, [Needle(0.3, KEY, VALUE)], KEY)
+    windowed, whole = (Network(find(name), window=window).logprobs(asked.tokens)[0] for window in (64, None))
+    np.testing.assert_allclose(windowed, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_merging_shards_by_the_right_weights_changes_nothing(nets, name):
     asked = make_prompt(name, 60, [Needle(0.5, KEY, VALUE)], KEY)
     whole = nets(name).logprobs(asked.tokens)
@@ -225,6 +248,27 @@ def test_experts_are_chosen_by_a_wide_margin():
     assert (ranked[:, 1] - ranked[:, 2]).min() == pytest.approx(4.0)  # nats between the last chosen and the next
     used = np.argsort(logits, axis=1)[:, -2:]
     assert set(used.ravel().tolist()) == set(range(8))
+
+
+def test_v3_chooses_experts_within_a_group_by_a_bias_that_does_not_weigh():
+    recipe = find("deepseek-v3-retrieve")
+    net = Network(recipe, dtype=torch.float64)
+    # Group 0 has the best expert, but its best two sum to 0.982 + 0.119 + 0.04; group 1: 0.881 + 0.119 + 0.16 + 0.28.
+    logits = torch.tensor([[4.0, -2.0, -2.0, -2.0, 2.0, -2.0, -2.0, -2.0]], dtype=torch.float64)
+    weights, experts = net._routes("model.layers.1.mlp.", logits)
+    assert experts.tolist() == [[4, 7]]
+    assert weights.tolist()[0] == pytest.approx([2.5 * 0.880797 / 1.0, 2.5 * 0.119203 / 1.0], rel=1e-5)
+
+
+def test_v3_experts_are_chosen_by_a_wide_margin():
+    recipe = find("deepseek-v3-retrieve")
+    weights = recipe.weights()
+    logits = weights["model.embed_tokens.weight"] @ weights["model.layers.1.mlp.gate.weight"].T
+    wanted = 1 / (1 + np.exp(-logits)) + weights["model.layers.1.mlp.gate.e_score_correction_bias"]
+    ranked = np.sort(wanted.reshape(-1, 2, 4), axis=-1)[..., ::-1]
+    sums = ranked[..., :2].sum(-1)
+    best = np.take_along_axis(ranked, sums.argmax(-1)[:, None, None], axis=1)[:, 0]
+    assert abs(sums[:, 0] - sums[:, 1]).min() > 0.015 and (best[:, 1] - best[:, 2]).min() > 0.015
 
 
 @pytest.mark.parametrize(("kvp", "interleave", "rank"), [(2, 1, 0), (4, 16, 3), (3, 64, 2)])

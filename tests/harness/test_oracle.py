@@ -201,6 +201,7 @@ def test_a_full_proof_is_accepted():
         ({"backend": "CPU_ATTN"}, "backend was CPU_ATTN, the cell claims HELIX_CPU"),
         ({"vllm_version": "0.19.0"}, "vLLM version was 0.19.0"),
         ({"combine_impl": ""}, "combine's function was False"),
+        ({"q_replicated": True}, "replication of queries was True, the cell claims False"),
         ({"helix": False}, "Helix was False"),
         ({"interleave": 1}, "interleave was 1"),
         ({"combine": "ag_rs"}, "combine was ag_rs"),
@@ -235,6 +236,12 @@ def test_a_rank_that_must_hold_tokens_and_holds_none_is_named():
     assert check_proof(CELL, uneven, longest=16) is None
     said = check_proof(CELL, uneven, longest=17)
     assert said == "rank 1 holds no token, though a sequence had 17: others hold its share"
+
+
+def test_replicated_queries_must_have_been_replicated():
+    asks = CELL.model_copy(update={"serve": (("dcp-q-replicate", True),)})
+    assert "rank 0: replication of queries was False" in check_proof(asks, proofs())
+    assert check_proof(asks, [dataclasses.replace(proof, q_replicated=True) for proof in proofs()]) is None
 
 
 def test_a_rank_without_proof_is_named():

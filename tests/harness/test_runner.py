@@ -13,7 +13,7 @@ from harness.matrix import PlannedCell
 from harness.observe import SELF_TEST
 from harness.runner import folder_name, run
 from harness.server.log import Cause, Failure
-from harness.transcript import Answer, Step, Transcript
+from harness.transcript import Answer, Counts, Step, Transcript
 from harness.verdict import Verdict
 from helix_runtime.proof import RankProof
 
@@ -174,6 +174,41 @@ def test_a_repeated_prompt_must_have_read_the_cache_on_every_rank(tmp_path):
     assert one.verdict is Verdict.UNPROVEN and "rank 1: a prompt was asked twice" in one.reason
     off = HELIX.model_copy(update={"serve": (("no-enable-prefix-caching", True),)})
     assert seen(off, "off", (0, 0)).verdict is Verdict.PASS
+
+
+def test_a_prompt_of_one_token_must_have_left_a_shard_empty(tmp_path):
+    def seen(folder: str, length: int, counts: tuple[int, int]):
+        found = [dataclasses.replace(proof, counters={**proof.counters, "empty_shard": count})
+                 for proof, count in zip(proofs(HELIX), counts, strict=True)]  # fmt: skip
+        asked = {}
+        for cell in (BASE, HELIX):
+            said = transcript(cell)
+            answers = tuple(answer.model_copy(update={"prompt_length": length}) for answer in said.answers)
+            asked[cell] = good(cell, transcript=said.model_copy(update={"answers": answers}))
+        asked[HELIX] = asked[HELIX]._replace(proofs=tuple(found))
+        results, _ = play(tmp_path / folder, [planned(BASE), planned(HELIX)], answers=asked)
+        return results[1]
+
+    assert seen("counted", 1, (0, 3)).verdict is Verdict.PASS
+    assert seen("longer", 2, (0, 0)).verdict is Verdict.PASS
+    none = seen("none", 1, (0, 0))
+    assert none.verdict is Verdict.UNPROVEN and "no rank counted an empty shard" in none.reason
+
+
+@pytest.mark.parametrize(
+    ("preempted", "verdict", "said"),
+    [
+        (2, Verdict.PASS, ""),
+        (0, Verdict.UNPROVEN, "no request was preempted"),
+        (None, Verdict.UNPROVEN, "does not count"),
+    ],
+)
+def test_a_small_cache_must_have_preempted_someone(tmp_path, preempted, verdict, said):
+    small = HELIX.model_copy(update={"serve": (("num-gpu-blocks-override", 18),)})
+    counts = None if preempted is None else Counts(generated=2, cached=0, preempted=preempted)
+    counted = transcript(small).model_copy(update={"counts": counts})
+    seen, reason = verdict_of(tmp_path, planned(small), good(small, transcript=counted))
+    assert seen is verdict and said in reason
 
 
 def test_equal_answers_without_proof_are_unproven(tmp_path):

@@ -25,15 +25,19 @@ def named(card: ModelCard) -> dict[str, Measure]:
 
 def test_a_retrieval_model_is_far_from_rounding_and_loses_its_answer_with_its_shard(cache, monkeypatch):
     monkeypatch.setattr(sheet, "LENGTHS", (100,))
+    monkeypatch.setattr(sheet, "LONG", 2000)
     found = named(card_of("recipe:llama-retrieve-k2"))
     for dtype in ("float32", "bfloat16"):
         margin = found[f"smallest margin, {dtype}, 100 tokens"]
         assert margin.value > 10 * found[f"rounding against fp64, {dtype}, 100 tokens"].value
         assert margin.note.startswith("3 of 3 right")
-    for at in ("KVP 2, interleave 1", "KVP 4, interleave 16"):
-        masked = found[f"shard of the answer masked, {at}"]
-        assert masked.value > 4 and masked.note == "100% of the answers change"
-        assert 0.1 < found[f"another shard masked, {at}"].value < masked.value
+    long = found["smallest margin, float32, 2000 tokens"]
+    assert long.value > 2 and long.note.startswith("2 of 2 right")
+    for kvp, at in ((2, "KVP 2, interleave 1"), (4, "KVP 4, interleave 16")):
+        masked = [found[f"rank {rank}'s shard masked, with the answer in it, {at}"] for rank in range(kvp)]
+        assert all(one.value > 4 and one.note == "100% of the answers change" for one in masked)
+        assert f"rank {kvp}'s shard masked, with the answer in it, {at}" not in found
+        assert 0.1 < found[f"another shard masked, {at}"].value < min(one.value for one in masked)
 
 
 def test_a_card_is_measured_once(cache, monkeypatch):

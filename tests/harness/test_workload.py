@@ -3,7 +3,7 @@
 import pytest
 
 from harness.cell import Cell, Mode
-from harness.workload import NEEDLE_LENGTH, boundaries, make_workload, needles, workload_of
+from harness.workload import NEEDLE_LENGTHS, boundaries, make_workload, needles, workload_of
 
 
 def test_boundaries_of_tp4_by_hand():
@@ -129,12 +129,32 @@ def test_needles_aim_each_decode_step_at_a_named_shard():
     from helix_runtime.sharding import owner
 
     found = list(needles("recipe:llama-retrieve-k4", tp=4, seed=0))
-    assert [(len(tokens), steps) for _, tokens, steps in found] == [(NEEDLE_LENGTH, 2)] * 2 + [(NEEDLE_LENGTH, 4)] * 2
+    assert [(len(tokens), steps) for _, tokens, steps in found] == [(600, 2)] * 2 + [(600, 4)] * 2
     assert found[3][0].endswith("KVP 4, interleave 16")
-    places = [place_in_shard(NEEDLE_LENGTH, 4, 16, rank, (rank + 1) / 5) for rank in range(4)]
-    question = make_chain("recipe:llama-retrieve-k4", NEEDLE_LENGTH, places, 0)
+    places = [place_in_shard(600, 4, 16, rank, (rank + 1) / 5) for rank in range(4)]
+    question = make_chain("recipe:llama-retrieve-k4", 600, places, 0)
     assert question.tokens == found[3][1]
     assert [owner(place, 4, 16) for place in question.places] == [0, 1, 2, 3]
+
+
+def test_one_needle_a_kvp_in_a_context_of_8000_tokens_where_it_fits():
+    from harness.models.retrieval import make_chain, place_in_shard
+    from helix_runtime.sharding import owner
+
+    def asked(**changes) -> list[tuple[int, int]]:
+        given = {"tp": 4, "block": 32, "vocab": 512, "max_model_len": 9216, "profile": "smoke"} | changes
+        made = make_workload(**given, retrieves="recipe:llama-retrieve-k4")
+        return [(len(prompt.token_ids), prompt.max_tokens) for prompt in made.prompts if prompt.kind == "needle"]
+
+    short = [(600, 2), (600, 2), (600, 4), (600, 4)]
+    assert asked() == [*short, (8000, 2), (8000, 4)]
+    assert asked(max_model_len=8003) == short and asked(max_model_len=8004) != short
+    assert asked(longest=4000) == short and asked(tp=2) == [(600, 2), (600, 2), (8000, 2)]
+    (why, tokens, steps), *_ = needles("recipe:llama-retrieve-k4", tp=2, seed=0, lengths=NEEDLE_LENGTHS[1:])
+    assert why.endswith("KVP 2, interleave 16") and (len(tokens), steps) == (8000, 2)
+    places = [place_in_shard(8000, 2, 16, rank, (rank + 1) / 3) for rank in range(2)]
+    assert [owner(place, 2, 16) for place in places] == [0, 1]
+    assert make_chain("recipe:llama-retrieve-k4", 8000, places, 0).tokens == tokens
 
 
 @pytest.mark.parametrize(

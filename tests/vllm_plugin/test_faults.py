@@ -95,6 +95,15 @@ def test_one_head_only():
     assert torch.equal(spared, lse)
 
 
+def test_one_head_of_one_layer_only():
+    output, lse = torch.randn(2, 4, 3), torch.randn(2, 4)
+    armed = make_fault("drop-shard:layer=1,head=10")
+    struck, spared = site(layer=1, first_head=8), site(layer=0, first_head=8)
+    _, wrong = armed.at(struck).partial(output, lse, struck)
+    assert torch.isinf(wrong).all(0).tolist() == [False, False, True, False]
+    assert armed.at(spared) is NO_FAULT
+
+
 def test_stale_lse_is_that_of_the_call_before():
     fault = make_fault("stale-lse").at(site())
     output = torch.randn(2, 4, 3)
@@ -105,7 +114,17 @@ def test_stale_lse_is_that_of_the_call_before():
 
 
 @pytest.mark.parametrize(
-    "spec", ["typo", "drop-shard:never", "drop-shard:layer=x", "lse-base-2:head=1", "no-combine:call=0"]
+    "spec",
+    [
+        "typo",
+        "drop-shard:never",
+        "drop-shard:layer=x",
+        "lse-base-2:head=1",
+        "no-combine:call=0",
+        "drop-shard:layer=1,",
+        "drop-shard:,batch",
+        "lse-base-2:batch,head=1",
+    ],
 )
 def test_unknown_words_list_the_known(spec):
     with pytest.raises(HelixRefusal, match=r"there are: dies, double-shard, drop-shard|allowed: batch"):

@@ -145,6 +145,12 @@ def test_a_backend_that_cpu_does_not_have_is_refused(engine_config):
         engine_config(helix=HELIX, attention_backend="TRITON_ATTN", **TP4_DCP2)
 
 
+@pytest.mark.parametrize("helix", [HELIX, {}])
+def test_queries_are_replicated_for_mla_only(engine_config, helix):
+    with pytest.raises(HelixRefusal, match="for MLA models only; LlamaForCausalLM would ignore it"):
+        engine_config(helix=helix, dcp_q_replicate=True, model={"num_key_value_heads": 2}, **TP4_DCP2)
+
+
 def test_an_unknown_fault_is_refused_at_configuration(engine_config):
     with pytest.raises(HelixRefusal, match="no fault is called 'nope'"):
         engine_config(helix={**HELIX, "fault": "nope"}, **TP4_DCP2)
