@@ -18,6 +18,7 @@ _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 #: Environment variables that look like secrets do not reach a server.
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|^KEY", re.IGNORECASE)
 _HUB_TOKEN = "HF_TOKEN"
+_NOISE = ("PYTEST_CURRENT_TEST",)  # differs from test to test, which would make a warm process for each
 
 
 FORK_START = (python(), "-m", "harness.server.fork_start")
@@ -88,7 +89,7 @@ def forced_decode(cell: Cell) -> str:
 
 def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
     """This process's environment without secrets, with the `helix` of this interpreter first on PATH."""
-    env = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    env = {name: value for name, value in os.environ.items() if name not in _NOISE and not _SECRET.search(name)}
     if not offline and _HUB_TOKEN in os.environ:
         env[_HUB_TOKEN] = os.environ[_HUB_TOKEN]
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"

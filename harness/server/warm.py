@@ -33,6 +33,8 @@ from harness.server import fork_start, guard
 SET_LATER = ("TMPDIR", "VLLM_API_KEY")
 #: What both kinds of CPU server import before anything else happens, above all before plugins are loaded.
 PRELOAD = ("vllm.entrypoints.launchers.api_server.entry",)
+#: So many warm processes are kept, of half a gigabyte each: stock and Helix, eager and compiled.
+KEPT = 4
 _LOST = 128 + signal.SIGKILL  # of a guard that ended without a word
 _MOST = 1 << 20  # bytes of a request
 
@@ -157,9 +159,9 @@ def starter(env: Sequence[tuple[str, str]], cancel: threading.Event) -> Starter 
         return None
     key = tuple(sorted((name, value) for name, value in env if name not in SET_LATER))
     with _making:
-        if key not in _starters:
-            _starters[key] = Starter(dict(key))
-    found = _starters[key]
+        found = _starters[key] = _starters.pop(key, None) or Starter(dict(key))
+        while len(_starters) > KEPT:  # whoever still asks it starts its server cold
+            _starters.pop(next(iter(_starters))).close()
     return found if found.ready(cancel) else None
 
 

@@ -218,6 +218,9 @@ def test_servers_share_a_warm_process_only_where_all_that_imports_may_read_is_th
     assert made == [{"A": "1", "VLLM_PLUGINS": ""}]
     for other in ({"A": "2"}, {"VLLM_PLUGINS": "helix"}, {"TORCHDYNAMO_DISABLE": "1"}):
         assert warm.starter(tuple((env | other).items()), NOBODY) is not first
+    for number in range(warm.KEPT):  # the one that was not asked for longest is closed
+        warm.starter((("A", str(number + 3)),), NOBODY)
+    assert len(warm._starters) == warm.KEPT and first not in warm._starters.values()
     monkeypatch.setenv("HELIX_WARM", "0")
     assert warm.starter(tuple(env.items()), NOBODY) is None
 
