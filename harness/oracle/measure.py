@@ -67,7 +67,7 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
     if not steps:
         return []
     n, null, spread = len(steps), band.phase(phase == "prefill"), band.spread.cell
-    widest = null.change.bound(rates.largest, n, spread)
+    widest, point = (null.change.bound(rate_, n, spread) for rate_ in (rates.largest, POINT))
     lost = [step for step in steps if not step.same_best and not step.margin <= 2 * widest]
     said = "; ".join(f"{step.prompt} step {step.step}, margin {step.margin:.2g}" for step in lost[:3])
     said = said or f"counted beyond a margin of {2 * widest:.2g} nat"
@@ -80,11 +80,11 @@ def _of_phase(phase: str, steps: Sequence[StepChange], band: Band, rates: Rates,
     return [
         of(
             "largest logprob change",
-            max(step.widest for step in steps), widest, "nat", null=null.change.bound(POINT, n, spread),
+            max(step.widest for step in steps), widest, "nat", null=point,
         ),
         of(
             "largest change of the imposed token",
-            max(step.change for step in steps), widest, "nat", null=null.change.bound(POINT, n, spread),
+            max(step.change for step in steps), widest, "nat", null=point,
         ),
         of(
             "largest KL of the top tokens",

@@ -70,7 +70,9 @@ def _merged(sources: Sequence[Source]) -> tuple[Source, ...]:
         share = sum(source.identical * source.steps for source in some) / max(1, steps)
         prompts = sum(source.prompts for source in some)
         used = any(source.used for source in some)
-        merged.append(some[0].model_copy(update={"prompts": prompts, "steps": steps, "identical": share, "used": used}))
+        why = "" if used else some[0].why
+        told = {"prompts": prompts, "steps": steps, "identical": share, "used": used, "why": why}
+        merged.append(some[0].model_copy(update=told))
     return tuple(merged)
 
 
