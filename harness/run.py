@@ -248,7 +248,7 @@ def _of_cluster(cluster: "RayExecutor") -> dict:
 def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:
     """The card of each made model whose servers answered, into the run's ledger. No part of any verdict.
 
-    Measured side by side, one a core: the run waits for them.
+    Measured two at a time, because the run waits for them, and each takes up to a GiB.
     """
     from harness.ledger import Ledger
     from harness.models.recipe import PREFIX
@@ -262,7 +262,7 @@ def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:
             return None
 
     made = sorted({result.cell.model for result in results if result.transcript_digest})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(2) as pool:
         cards = list(filter(None, pool.map(card, (model for model in made if model.startswith(PREFIX)))))
     if cards:
         Ledger(run_dir).models(cards)

@@ -45,7 +45,8 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
     """The circuit as DeepSeek-V2: one dense layer, then one with 8 experts of which 2 are used.
 
     `steady` is the latent's constant: the larger it is beside 64 signs, the less the norm's divisor moves, and the more
-    a score that is summed over the latent is rounded, by another sum in each kernel.
+    a score that is summed over the latent is rounded, by another sum in each kernel. For the same reason layer 0 may do
+    without rotary pairs slower than `slowest` (radians a token): they lift all scores alike.
     """
 
     layers: int = 2
@@ -59,6 +60,7 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
     experts: int = len(ROUTES)
     expert_width: int = 64
     steady: float = 32.0
+    slowest: float = 1e-5
 
     def weights(self) -> Arrays:
         stream = Stream(self, self.seed, self.hidden, self.contrast)
@@ -124,7 +126,7 @@ class MlaRetrievalRecipe(Retrieval, MlaRecipe):
     def _positions(self) -> tuple[np.ndarray, np.ndarray]:
         """The constant rotary query and key of layer 0, `[rope]` each, in neighbouring pairs."""
         frequencies = yarn_frequencies(self)
-        use = np.flatnonzero(frequencies > 1e-5)
+        use = np.flatnonzero(frequencies > self.slowest)
         amplitude, delay = kernel(frequencies[use], self.gap, self.self_share, self.positions)
         size = math.sqrt(amplitude / self.scale)
         q, k = np.zeros(self.rope), np.zeros(self.rope)
@@ -142,5 +144,5 @@ def _deepseek_v2_retrieve() -> Recipe:
 def _deepseek_v3_retrieve() -> Recipe:
     return MlaRetrievalRecipe(
         name="deepseek-v3-retrieve", architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", q_latent=128,
-        scoring="sigmoid", groups=2, routed_scale=2.5, mlp=0.1, match=24.0, steady=8.0,
+        scoring="sigmoid", groups=2, routed_scale=2.5, mlp=0.1, gap=20.0, self_share=0.001, steady=4.0, slowest=0.03,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from helix_runtime.attention import paged_partial_attention
 from helix_runtime.combine.merge import merge_partials
 from helix_runtime.sharding import local_length, slot_mapping
 from helix_runtime.vllm_plugin.capture import TOLERANCE, Capture
-from helix_runtime.vllm_plugin.faults import Site
+from helix_runtime.vllm_plugin.faults import Site, make_fault
 
 KVP, BLOCK, HEADS, KV_HEADS, WIDTH, INTERLEAVE = 2, 4, 4, 2, 8, 2
 LENGTHS, NEW = [11, 3], [1, 3]  # a decode and a prefill in one batch
@@ -48,7 +48,11 @@ def shards():
     return calls, partials
 
 
-def captured(shards, tmp_path, kvp_rank: int, merged: torch.Tensor) -> Capture:
+def at(layer: int, kvp_rank: int) -> Site:
+    return Site(layer=layer, kvp_rank=kvp_rank, requests=2, decode=False, reads_context=False, first_head=8)
+
+
+def captured(shards, tmp_path, kvp_rank: int, merged: torch.Tensor, layer: int = 5) -> Capture:
     calls, _ = shards
     held = [
         Capture(tmp_path, rank, lambda value: value, torch.float32)._gather(
@@ -58,8 +62,7 @@ def captured(shards, tmp_path, kvp_rank: int, merged: torch.Tensor) -> Capture:
         for rank in range(KVP)
     ]  # fmt: skip
     capture = Capture(tmp_path, kvp_rank, lambda value: held, torch.float32)
-    site = Site(layer=5, kvp_rank=kvp_rank, requests=2, decode=False, reads_context=False, first_head=8)
-    capture.check(context(kvp_rank), site, **calls[kvp_rank], merged=merged)
+    capture.check(context(kvp_rank), at(layer, kvp_rank), **calls[kvp_rank], merged=merged)
     return capture
 
 
@@ -88,6 +91,22 @@ def test_a_wrong_head_of_one_token_is_named(shards, tmp_path):
     first = captured(shards, tmp_path, 1, merged).first
     assert (first.layer, first.head, first.rank, first.request, first.position) == (5, 8 + 2 + 1, 1, 1, 1)
     assert json.loads((tmp_path / "capture.rank1.json").read_text())["first"]["head"] == 11
+
+
+@pytest.mark.parametrize(("layer", "head", "rank"), [(1, 11, 1), (2, 8, 0), (0, 10, 1)])
+def test_a_deliberate_defect_of_one_head_of_one_layer_is_found_there_alone(shards, tmp_path, layer, head, rank):
+    """Heads 8 to 11 are computed here; of these rank 0 owns 8 and 9, rank 1 the others."""
+    calls, partials = shards
+    armed = make_fault(f"drop-shard:layer={layer},head={head}")
+    for where in range(3):
+        sites = [at(where, kvp_rank) for kvp_rank in range(KVP)]
+        sent = [armed.at(site).partial(*partial, site) for site, partial in zip(sites, partials, strict=True)]
+        for owner in range(KVP):
+            found = captured((calls, sent), tmp_path, owner, right((calls, sent), owner), where).first
+            if (where, owner) == (layer, rank):
+                assert (found.layer, found.head, found.rank) == (layer, head, rank)
+            else:
+                assert found is None
 
 
 def test_nan_is_a_deviation(shards, tmp_path):
