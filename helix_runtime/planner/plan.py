@@ -1,8 +1,10 @@
 """One question, every legal layout, one answer. The rules are `helix_runtime.layout`'s; nothing is refused here."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from helix_runtime.layout import Layout, LayoutError, legal_layouts
 from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, by_backend, calibrate, repeated
 from helix_runtime.planner.capacity import capacity
 from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, prefill, stored_bytes
-from helix_runtime.planner.grid import Grid, entry
+from helix_runtime.planner.grid import A2A, AG_RS, MERGES, Grid, entry
 from helix_runtime.planner.hardware import BYTES, Gpu, PlannerError
 from helix_runtime.planner.measurements import Measurement, read_measurements
 from helix_runtime.planner.row import Row, bound, command, refused
@@ -110,7 +112,9 @@ def plan(question: Question, calibration: Calibration | None = None) -> Plan:
     PlannerError where it has no answer.
     """
     found = read_measurements(FOLDER) if calibration is None else None
-    calibration = calibration or calibrate(question.gpu.key, question.backend, given=found.measurements)
+    if found is not None:
+        calibration = calibrate(question.gpu.key, question.backend, given=found.measurements)
+        calibration = replace(calibration, left_out=found.left_out)
     candidates = _Candidates(question, calibration, found.measurements if found else None)
     rows = candidates.rows()
     verdict = judge(question, rows, candidates.sweep, candidates.crossover)
@@ -129,29 +133,54 @@ class Sweep:
     seconds: np.ndarray
 
 
+class Variant(NamedTuple):
+    """One way to run a layout: MLA with or without replicated queries, stock DCP with either exchange."""
+
+    layout: Layout
+    replicate: bool
+    merge: int
+
+    @property
+    def key(self) -> tuple[int, int, bool, str | None]:
+        """What a row of the plan stands for: of its variants it shows the fastest."""
+        return self.layout.tp, self.layout.kvp, self.layout.helix_mode, self.layout.attention_backend
+
+    @property
+    def comm(self) -> str | None:
+        """vLLM's name of the exchange; None where nothing is exchanged."""
+        return next(name for name, merge in MERGES.items() if merge == self.merge) if self.layout.kvp > 1 else None
+
+
+def variants(layouts: Sequence[Layout]) -> list[Variant]:
+    """Every variant, each layout's defaults first. Helix merges by All-to-All alone: it is what the paper proposes."""
+    found = []
+    for layout in layouts:
+        shared = layout.kvp > 1
+        for replicate in (False, True) if layout.use_mla and shared else (False,):
+            merges = (AG_RS, A2A) if shared and not layout.helix_mode else (A2A,)
+            found += [Variant(layout, replicate, merge) for merge in merges]
+    return found
+
+
 class _Candidates:
-    """Layouts with their backends, MLA with and without replicated queries, costed at once."""
+    """Layouts with their backends in all their variants, costed at once."""
 
     def __init__(self, question: Question, calibration: Calibration, measured: Sequence[Measurement] | None):
         self.question = question
         self.layouts = question.layouts()
-        self.variants = [
-            (layout, replicate)
-            for layout in self.layouts
-            for replicate in ((False, True) if layout.use_mla and layout.kvp > 1 else (False,))
-        ]
-        backends = [layout.attention_backend for layout, _ in self.variants]
+        self.variants = variants(self.layouts)
+        backends = [one.layout.attention_backend for one in self.variants]
         alike = measured is None
         self.calibration = calibration if alike else by_backend(calibration, question.gpu.key, backends, measured)
         workload, gpu = question.workload, question.gpu
-        self.grid = Grid.of(entry(layout, replicate) for layout, replicate in self.variants)
+        self.grid = Grid.of(entry(one.layout, one.replicate, merge=one.merge) for one in self.variants)
         self.stored = stored_bytes(workload, self.grid)
         self.cached = cached_bytes(workload, self.grid)
         self.capacities = [
-            capacity(gpu, weights, cached, question.context, layout.kvp, question.block)
-            for (layout, _), weights, cached in zip(self.variants, self.stored, self.cached, strict=True)
+            capacity(gpu, weights, cached, question.context, one.layout.kvp, question.block)
+            for one, weights, cached in zip(self.variants, self.stored, self.cached, strict=True)
         ]
-        self.servers = np.array([question.gpus // layout.tp for layout, _ in self.variants])
+        self.servers = np.array([question.gpus // one.layout.tp for one in self.variants])
         self.fits = np.array([one.users for one in self.capacities])
 
     @cached_property
@@ -161,7 +190,7 @@ class _Candidates:
         seconds = cost.total.reshape(len(self.grid), len(BATCHES))
         batches = np.array(BATCHES)
         seconds = np.where(batches[None, :] <= self.fits[:, None], seconds, np.inf)
-        layouts = tuple(layout for layout, _ in self.variants)
+        layouts = tuple(one.layout for one in self.variants)
         return Sweep(layouts, self.servers[:, None] * batches[None, :], seconds)
 
     def crossover(self) -> int | None:
@@ -169,8 +198,8 @@ class _Candidates:
         question = self.question
         batch = np.maximum(1, np.ceil(question.users / self.servers).astype(int))
         grid = Grid(**{**self.grid.__dict__, "batch": batch})
-        helix = np.array([layout.helix_mode for layout, _ in self.variants])
-        plain = np.array([layout.kvp == 1 for layout, _ in self.variants])
+        helix = np.array([one.layout.helix_mode for one in self.variants])
+        plain = np.array([one.layout.kvp == 1 for one in self.variants])
         found = None
         for context in reversed(CONTEXTS):
             workload = Workload(question.shape, context, question.weights, question.kv)
@@ -195,22 +224,15 @@ class _Candidates:
         cost = decode(question.workload, gpu, self.calibration, grid)
         total, (low, high) = cost.total, cost.band(self.calibration)
         prompt = prefill(question.workload, gpu, self.calibration, self.grid)
-        best: dict[tuple, int] = {}  # the cheaper of gathered and replicated queries
-        for at, (layout, _) in enumerate(self.variants):
-            key = (layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)
-            if key not in best or total[at] < total[best[key]]:
-                best[key] = at
-        plain = {layout.tp: prompt[at] for at, (layout, _) in enumerate(self.variants) if layout.kvp == 1}
+        best = self._fastest(total, batches)
+        plain = self._plain(prompt)
         kept = self._kept(total, batches)
         users = (
             np.minimum(batches * self.servers, question.users) if question.ttl_ms is None else batches * self.servers
         )
         speed = users / total / question.gpus
         front = _front(1 / total, speed, kept & np.isin(np.arange(len(total)), list(best.values())))
-        made = [
-            self._row(layout, best[(layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)], cost)
-            for layout in self.layouts
-        ]
+        made = [self._row(at, cost) for at in best.values()]
         rows = [
             row.model_copy(
                 update={
@@ -221,7 +243,7 @@ class _Candidates:
                     "latency_low_ms": low[at] * 1e3,
                     "latency_high_ms": high[at] * 1e3,
                     "prefill_s": float(prompt[at]),
-                    "prefill_factor": float(prompt[at] / plain[row.tp]) if row.tp in plain else None,
+                    "prefill_factor": _against(prompt[at], plain, row),
                     "tokens_per_second_user": float(1 / total[at]),
                     "tokens_per_second_gpu": float(speed[at]) if kept[at] else 0.0,
                     "pareto": bool(front[at]),
@@ -234,15 +256,35 @@ class _Candidates:
             sorted(rows, key=lambda row: (not row.possible, order(row), row.latency_ms, row.refused_today is not None))
         )
 
+    def _fastest(self, total: np.ndarray, batches: np.ndarray) -> dict[tuple, int]:
+        """The variant of each row: with the most users where a latency is kept, else the fastest; of equals the first,
+        which is the default."""
+        best: dict[tuple, int] = {}
+        for at, one in enumerate(self.variants):
+            rank = (-batches[at], total[at])
+            if one.key not in best or rank < (-batches[best[one.key]], total[best[one.key]]):
+                best[one.key] = at
+        return best
+
+    def _plain(self, prompt: np.ndarray) -> dict[tuple, float]:
+        """Seconds of standard TP's prompt pass by (TP, backend), and by TP alone for those that serve only shared
+        caches: there the fastest."""
+        found: dict[tuple, float] = {}
+        for at, (layout, *_) in enumerate(self.variants):
+            if layout.kvp == 1:
+                found[layout.tp, layout.attention_backend] = prompt[at]
+                found[layout.tp, None] = min(prompt[at], found.get((layout.tp, None), math.inf))
+        return found
+
     def _kept(self, total: np.ndarray, batches: np.ndarray) -> np.ndarray:
         fits = batches <= self.fits
         return fits if self.question.ttl_ms is None else fits & (total <= self.question.ttl_ms * 1e-3)
 
-    def _row(self, layout: Layout, at: int, cost: Cost) -> tuple[Row, int]:
-        question, room = self.question, self.capacities[at]
+    def _row(self, at: int, cost: Cost) -> tuple[Row, int]:
+        question, room, one = self.question, self.capacities[at], self.variants[at]
+        layout = one.layout
         terms = {term: float(cost.terms[term][at] * 1e3) for term in TERMS}
         no = refused(layout, question)
-        replicate = self.variants[at][1]
         kernels = terms["launch"] * 1e-3 / max(self.calibration["launch"].predict(0.0), 1e-12)
         row = Row(
             tp=layout.tp,
@@ -250,6 +292,7 @@ class _Candidates:
             tpa=layout.tpa,
             mode=layout.mode,
             backend=layout.attention_backend,
+            comm=one.comm,
             servers=int(self.servers[at]),
             duplication=layout.duplication,
             capacity_factor=layout.kv_capacity_factor,
@@ -271,9 +314,16 @@ class _Candidates:
             eager_ms=kernels * max(0.0, EAGER_LAUNCH - self.calibration["launch"].predict(0.0)) * 1e3,
             refused_today=no,
             notes=layout.notes,
-            command=command(layout, question, replicate),
+            command=command(layout, question, one.replicate, one.comm),
         )
         return row, at
+
+
+def _against(seconds: float, plain: dict[tuple, float], row: Row) -> float | None:
+    """`seconds` over those of standard TP of the same size with the same backend, or with the fastest where it has
+    none."""
+    standard = plain.get((row.tp, row.backend), plain.get((row.tp, None)))
+    return None if standard is None else float(seconds / standard)
 
 
 def _front(speed: np.ndarray, throughput: np.ndarray, possible: np.ndarray) -> np.ndarray:

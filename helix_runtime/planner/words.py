@@ -4,8 +4,9 @@ from helix_runtime.layout import legal_layouts
 from helix_runtime.planner.capacity import recomputed
 from helix_runtime.planner.cost import TERMS
 from helix_runtime.planner.hardware import BYTES
-from helix_runtime.planner.plan import Plan
+from helix_runtime.planner.plan import Plan, Question
 from helix_runtime.planner.row import Row
+from helix_runtime.planner.verdict import WORTHWHILE, beats
 
 
 def name(row: Row) -> str:
@@ -34,13 +35,16 @@ def verdict(plan: Plan) -> str:
         said.append(f"Helix does not pay here: {found.reason}.{helix}")
         if found.crossover and found.crossover > question.context:
             said.append(f"For as many users it would be faster from about {found.crossover:,} tokens on.")
+        gains = found.gains
+        if gains.most_users and gains.most_users >= WORTHWHILE:
+            said.append(
+                f"With other batches it has at most {gains.most_users:.3g} times standard TP's users, at "
+                f"{gains.most_users_ms:.2f} ms."
+            )
     if found.pays and found.standard and found.helix:
         said.append(_terms(found.standard, found.helix))
-    if found.pays and found.stock_dcp and found.helix and found.stock_dcp.kvp == found.helix.kvp:
-        said.append(
-            f"Stock DCP at the same sizes holds as much and takes {found.stock_dcp.latency_ms:.2f} ms with its default "
-            "exchange (ag_rs)."
-        )
+    if found.pays and found.stock_dcp and found.helix:
+        said.append(_beside_stock(question, found.stock_dcp, found.helix))
     if best is not None and best.refused_today:
         starts = next((row for row in plan.rows if row.possible and not row.refused_today), None)
         instead = f" The best that starts today is {name(starts)}, {starts.latency_ms:.2f} ms." if starts else ""
@@ -129,11 +133,20 @@ def _gain(plan: Plan) -> str:
             f"{gains.latency:.2f} times lower latency than the best standard TP ({name(standard)}, "
             f"{standard.latency_ms:.2f} ms)"
         )
-    if gains.users and standard:
+    if gains.users and gains.users > 1 and standard:
         said.append(f"{gains.users:.3g} times the users at {standard.latency_ms:.2f} ms")
     if gains.most_users and gains.most_users > 1:
         said.append(f"at most {gains.most_users:.3g} times the users, at {gains.most_users_ms:.2f} ms")
     return ", ".join(said) or "standard TP has no layout that fits"
+
+
+def _beside_stock(question: Question, stock: Row, helix: Row) -> str:
+    """What vLLM does without the plugin, which shares the cache as well where its own rules let it."""
+    users = f" for {stock.users} users" if question.ttl_ms is not None else ""
+    what = f"{name(stock)} with --dcp-comm-backend {stock.comm} takes {stock.latency_ms:.2f} ms{users}"
+    if beats(question, stock, helix):
+        return f"Stock DCP gains less: {what}."
+    return f"Stock DCP shares the cache as well: {what}, without the plugin and in CUDA graphs."
 
 
 def _terms(standard: Row, helix: Row) -> str:

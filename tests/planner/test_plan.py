@@ -13,6 +13,7 @@ from helix_runtime.planner.calibration import IDEAL
 from helix_runtime.planner.cli import main
 from helix_runtime.planner.plan import layouts_of
 from helix_runtime.planner.show import SCHEMA_FILE, schema
+from helix_runtime.planner.verdict import WORTHWHILE, gain
 from helix_runtime.shapes import MlaShape, ModelShape, load_shape
 
 R1, LLAMA = "deepseek-ai/DeepSeek-R1", "meta-llama/Llama-3.1-405B-Instruct"
@@ -85,6 +86,44 @@ def test_at_4k_it_advises_against_helix(model, dtype):
     assert found.verdict.pays is False and not found.best.helix
     assert found.verdict.reason.startswith("short context: reading KV is ")
     assert found.verdict.gains.latency < 1
+
+
+@pytest.mark.parametrize("model", [R1, LLAMA])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp4"])
+@pytest.mark.parametrize("load", [{"batch": 1024}, {"ttl_ms": 20}])
+def test_large_batches_at_4k_are_no_reason_for_helix_either(model, dtype, load):
+    """There a cache of a few copies is worth it for MLA, which stock DCP has and Helix has not."""
+    found = answer(model, 64, "gb200", 4096, weights=dtype, kv=dtype, **load)
+    verdict, said = found.verdict, words.verdict(found)
+    assert verdict.pays is False and not found.best.helix
+    assert said.startswith("Serve ") and "Helix pays" not in said and "times the users at" not in said
+    if found.best.mode == "standard-dcp":
+        assert f"with TP {found.best.tp}, DCP {found.best.kvp}" in verdict.reason
+        assert "sharing the KV cache pays, and stock DCP does it better: " in verdict.reason
+        assert found.best == verdict.stock_dcp and gain(found.question, verdict.standard, found.best) >= WORTHWHILE
+    else:
+        assert found.best == verdict.standard
+    if model == R1 and dtype != "fp4":
+        assert found.best.mode == "standard-dcp" and 1 < found.best.tpa < found.best.tp
+
+
+def test_a_small_modelled_gain_is_no_reason():
+    """8 % at 4k: the model is not that exact, and the same holds for stock DCP, which is as fast."""
+    verdict = answer(LLAMA, 64, "gb200", 4096, batch=1024).verdict
+    assert 1.05 < verdict.gains.latency < WORTHWHILE
+    assert verdict.reason.startswith("1.08 times is less than the 1.1 from which a modelled gain counts; ")
+    assert verdict.best == verdict.standard and verdict.stock_dcp.latency_ms < verdict.standard.latency_ms
+
+
+def test_stock_dcp_is_priced_with_either_exchange_and_named_beside_helix():
+    """For MLA on all ranks it is the same layout, so it takes as long; for GQA it gathers queries instead."""
+    found = answer(R1, 64, "gb200", 1_000_000)
+    verdict, said = found.verdict, words.verdict(found)
+    assert verdict.stock_dcp.comm == "a2a" and "--dcp-comm-backend a2a" in verdict.stock_dcp.command
+    assert verdict.stock_dcp.latency_ms == pytest.approx(verdict.helix.latency_ms)
+    assert "Stock DCP shares the cache as well: " in said and "--dcp-comm-backend a2a takes" in said
+    assert all("--dcp-comm-backend" not in row.command for row in found.rows if row.helix)
+    assert {row.comm for row in found.rows if row.kvp == 1} == {None}
 
 
 @pytest.mark.parametrize("model, gpus", [(R1, 32), (R1, 64), (LLAMA, 64)])
