@@ -10,7 +10,7 @@ import numpy as np
 
 from helix_runtime import capabilities
 from helix_runtime.layout import Layout, LayoutError, legal_layouts
-from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, by_backend, calibrate, repeated
+from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, Fit, by_backend, calibrate, repeated
 from helix_runtime.planner.capacity import capacity
 from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, prefill, stored_bytes
 from helix_runtime.planner.grid import A2A, AG_RS, MERGES, Grid, entry
@@ -90,12 +90,26 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows`: every legal layout with every backend, the best first. `best` is None where nothing fits."""
+    """`rows`: every legal layout with every backend, the best first. `best` is None where nothing fits.
+
+    `attention`: the fit of each backend, where they are not priced alike.
+    """
 
     question: Question
     rows: tuple[Row, ...]
     verdict: Verdict
     calibration: Calibration
+    attention: tuple[tuple[str, Fit], ...] = ()
+
+    @property
+    def fits(self) -> dict[str, Fit]:
+        """What prices the rows, by class, and attention by backend; without the attention of other models."""
+        mla = self.question.shape.use_mla
+        own, other = ("latent attention", "attention")[:: 1 if mla else -1]
+        found = {kind: fit for kind, fit in self.calibration.fits.items() if kind != other}
+        if self.attention:
+            del found[own]
+        return {f"{own} with {name}": fit for name, fit in self.attention} | found
 
     @property
     def best(self) -> Row | None:
@@ -118,7 +132,12 @@ def plan(question: Question, calibration: Calibration | None = None) -> Plan:
     candidates = _Candidates(question, calibration, found.measurements if found else None)
     rows = candidates.rows()
     verdict = judge(question, rows, candidates.sweep, candidates.crossover)
-    return Plan(question, rows, verdict, calibration)
+    attention: tuple[tuple[str, Fit], ...] = ()
+    if found is not None:
+        kind = "latent attention" if question.shape.use_mla else "attention"
+        names = sorted({row.backend for row in rows})
+        attention = tuple((name, calibrate(question.gpu.key, name, given=found.measurements)[kind]) for name in names)
+    return Plan(question, rows, verdict, calibration, attention)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ _COLUMNS = (
 
 
 class FitOut(BaseModel):
-    """One class of the calibration. `band`: a factor; `n` 0 means assumed."""
+    """One class of the calibration, of attention one backend. `band`: a factor; `n` 0 means assumed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -111,7 +111,7 @@ def document(plan: Plan, about: str | None = None) -> Document:
                 n=fit.n,
                 source=fit.source,
             )
-            for kind, fit in calibration.fits.items()
+            for kind, fit in plan.fits.items()
         },
         measurements_left_out=calibration.left_out,
     )

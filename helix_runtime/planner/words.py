@@ -1,6 +1,9 @@
 """A plan in sentences: the verdict's paragraph, one asked layout, and where the numbers come from."""
 
+import math
+
 from helix_runtime.layout import legal_layouts
+from helix_runtime.planner.calibration import Fit
 from helix_runtime.planner.capacity import recomputed
 from helix_runtime.planner.cost import TERMS
 from helix_runtime.planner.hardware import BYTES
@@ -112,16 +115,19 @@ def about(plan: Plan, tp: int, dcp: int, helix: bool | None = None) -> str:
 
 def basis(plan: Plan) -> str:
     """What was measured, what is assumed."""
-    calibration = plan.calibration
+    alike: dict[Fit, list[str]] = {}
+    for kind, fit in plan.fits.items():
+        if fit.measured:
+            alike.setdefault(fit, []).append(kind)
     measured = [
-        f"{kind} ({fit.n} measurements of {fit.source}, ±{(2.718281828**fit.band - 1):.0%})"
-        for kind, fit in calibration.fits.items()
-        if fit.measured
+        f"{' and '.join(kinds)} ({fit.n} measurements of {fit.source}, ±{math.expm1(fit.band):.0%})"
+        for fit, kinds in alike.items()
     ]
+    assumed = [kind for kind, fit in plan.fits.items() if not fit.measured]
     gpu = plan.question.gpu
     return (
         f"{gpu.name}: data sheet figures. Measured: {'; '.join(measured) or 'nothing'}. Assumed: "
-        f"{', '.join(calibration.assumed)}. The band of a latency adds every term's own."
+        f"{', '.join(assumed)}. The band of a latency adds every term's own."
     )
 
 
