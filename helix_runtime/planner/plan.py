@@ -10,9 +10,9 @@ import numpy as np
 
 from helix_runtime import capabilities
 from helix_runtime.layout import Layout, LayoutError, legal_layouts
-from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, Fit, by_backend, calibrate, repeated
+from helix_runtime.planner.calibration import FOLDER, Calibration, Fit, by_backend, calibrate, repeated
 from helix_runtime.planner.capacity import capacity
-from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, prefill, stored_bytes
+from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, eager, prefill, stored_bytes
 from helix_runtime.planner.grid import A2A, AG_RS, MERGES, Grid, entry
 from helix_runtime.planner.hardware import BYTES, Gpu, PlannerError
 from helix_runtime.planner.measurements import Measurement, read_measurements
@@ -304,7 +304,6 @@ class _Candidates:
         layout = one.layout
         terms = {term: float(cost.terms[term][at] * 1e3) for term in TERMS}
         no = refused(layout, question)
-        kernels = terms["launch"] * 1e-3 / max(self.calibration["launch"].predict(0.0), 1e-12)
         row = Row(
             tp=layout.tp,
             kvp=layout.kvp,
@@ -330,7 +329,7 @@ class _Candidates:
             terms_ms=terms,
             reads_ms=float(cost.reads[at] * 1e3),
             bound_by=bound(terms, bool(cost.attention_computes[at]), bool(cost.weights_compute[at])),
-            eager_ms=kernels * max(0.0, EAGER_LAUNCH - self.calibration["launch"].predict(0.0)) * 1e3,
+            eager_ms=eager(question.shape, self.calibration) * 1e3,
             refused_today=no,
             notes=layout.notes,
             command=command(layout, question, one.replicate, one.comm),
