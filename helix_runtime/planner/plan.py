@@ -116,6 +116,11 @@ class Plan:
         return self.verdict.best
 
     @property
+    def starts_today(self) -> Row | None:
+        """The best row that neither the plugin nor vLLM refuses so far."""
+        return next((row for row in self.rows if row.possible and not row.refused_today), None)
+
+    @property
     def front(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.pareto)
 

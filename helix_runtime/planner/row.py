@@ -97,6 +97,8 @@ _KV_FLAG = {"fp8": "fp8", "fp4": "nvfp4"}
 def command(layout: Layout, question: "Question", q_replicate: bool, comm: str | None) -> str:
     """What a user types to serve `layout` on one server's GPUs."""
     args = ["vllm", "serve", question.shape.name, *layout.to_args(), "--max-model-len", str(question.context)]
+    if question.weights == "fp8" and question.shape.quantization is None:
+        args += ["--quantization", "fp8"]  # vLLM quantises 16-bit weights as it loads them
     if question.kv in _KV_FLAG:
         args += ["--kv-cache-dtype", _KV_FLAG[question.kv]]
     if question.block != 16:

@@ -49,7 +49,7 @@ def verdict(plan: Plan) -> str:
     if found.pays and found.stock_dcp and found.helix:
         said.append(_beside_stock(question, found.stock_dcp, found.helix))
     if best is not None and best.refused_today:
-        starts = next((row for row in plan.rows if row.possible and not row.refused_today), None)
+        starts = plan.starts_today
         instead = f" The best that starts today is {name(starts)}, {starts.latency_ms:.2f} ms." if starts else ""
         said.append(f"It does not start today: {best.refused_today}.{instead}")
     elif best is not None and best.helix:
@@ -58,6 +58,27 @@ def verdict(plan: Plan) -> str:
             f"{best.eager_ms:.1f} ms."
         )
     return " ".join(said)
+
+
+def serving(plan: Plan) -> tuple[str, ...]:
+    """What the serve command takes for granted, or leaves to the reader."""
+    question, shape, best = plan.question, plan.question.shape, plan.best
+    if best is None:
+        return ()
+    said = []
+    if best.servers > 1:
+        said.append(f"on each of {best.servers} groups of {best.tp} GPUs")
+    if question.context > shape.max_position_embeddings:
+        most = shape.max_position_embeddings
+        said.append(f"the model's own limit is {most:,} tokens: more needs scaled RoPE (--hf-overrides)")
+    stored = shape.quantization or "bf16"
+    if question.weights == "fp4" and stored in ("bf16", "fp8"):
+        said.append(
+            f"fp4 weights need a checkpoint that holds them (NVFP4): name it instead of {shape.name}, which is {stored}"
+        )
+    elif question.weights != stored and shape.quantization:
+        said.append(f"this checkpoint is {stored}, and is served so whatever --dtype says of its weights")
+    return tuple(said)
 
 
 def cliffs(plan: Plan) -> str:

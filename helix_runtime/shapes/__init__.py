@@ -48,7 +48,10 @@ class MoeShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """One model. `num_kv_heads` is 1 for MLA (the latent); `head_size` is then the cached size, as vLLM counts it."""
+    """One model. `num_kv_heads` is 1 for MLA (the latent); `head_size` is then the cached size, as vLLM counts it.
+
+    `quantization`: the method of its own checkpoint, None for weights of 16 bits.
+    """
 
     name: str
     architecture: str
@@ -63,6 +66,7 @@ class ModelShape:
     tie_word_embeddings: bool
     mla: MlaShape | None = None
     moe: MoeShape | None = None
+    quantization: str | None = None
 
     @property
     def use_mla(self) -> bool:
@@ -93,6 +97,7 @@ class ModelShape:
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 mla=mla,
                 moe=_moe(config),
+                quantization=(config.get("quantization_config") or {}).get("quant_method"),
             )
         except KeyError as missing:
             raise ValueError(f"{name}: its config.json has no field {missing}") from None
@@ -129,10 +134,15 @@ def load_shape(name_or_path: str | Path) -> ModelShape:
 
 
 def config_of(name: str) -> dict:
-    """The committed structural fields of a hub model's `config.json`. KeyError for a model without."""
+    """The committed structural fields of a hub model's `config.json`; how its weights are stored is not one of them.
+
+    KeyError for a model without.
+    """
     if name not in known_shapes():
         raise KeyError(f"no committed config of {name!r}; there are: {', '.join(known_shapes())}")
-    return json.loads((_FOLDER / f"{name.replace('/', '--')}.json").read_text())
+    found = json.loads((_FOLDER / f"{name.replace('/', '--')}.json").read_text())
+    found.pop("quantization_config", None)
+    return found
 
 
 def known_shapes() -> tuple[str, ...]:

@@ -212,6 +212,62 @@ def test_commands_are_those_of_the_layout():
 
 
 @pytest.mark.parametrize(
+    "model, dtype, flag, note",
+    [
+        (LLAMA, "bf16", False, None),
+        (LLAMA, "fp8", True, None),  # vLLM quantises it while it loads
+        (
+            LLAMA,
+            "fp4",
+            False,
+            "need a checkpoint that holds them (NVFP4): name it instead of meta-llama/Llama-3.1-405B",
+        ),
+        (R1, "fp8", False, None),  # what DeepSeek published
+        (R1, "bf16", False, "this checkpoint is fp8"),
+        (R1, "fp4", False, "which is fp8"),
+    ],
+)
+def test_commands_load_the_weights_that_were_priced(model, dtype, flag, note):
+    found = answer(model, 64, "gb200", 4096, weights=dtype)
+    assert all(("--quantization fp8" in row.command) is flag for row in found.rows)
+    said = [one for one in words.serving(found) if "GPUs" not in one]
+    assert len(said) == (note is not None) and all(note in one for one in said)
+
+
+def test_a_layout_that_does_not_start_comes_with_one_that_does(capsys):
+    command = f"--model {R1} --gpus 32 --hardware gb200 --context 1000000 --ttl-ms 20"
+    assert main(command.split()) == 0
+    shown = capsys.readouterr().out
+    refused, _, starts = shown.partition("That does not start today. This does:")
+    assert "--attention-backend CUTLASS_MLA" in refused.partition("Serve it with:")[2]
+    assert "vllm serve deepseek-ai/DeepSeek-R1" in starts and "… on each of " in starts
+    assert main([*command.split(), "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["starts_today"]["refused_today"] is None and said["best"]["refused_today"]
+    assert said["starts_today"]["command"] in starts
+    assert "the model's own limit is 163,840 tokens: more needs scaled RoPE (--hf-overrides)" in said["serving"]
+
+
+def test_prefill_is_compared_with_standard_tp_on_the_same_backend():
+    rows = answer(R1, 8, "h200", 32_768).rows
+    alone = [row for row in rows if row.kvp == 1]
+    assert len({row.backend for row in alone}) > 1 and {row.prefill_factor for row in alone} == {1.0}
+    plain = {(row.tp, row.backend): row.prefill_s for row in alone}
+    shared = [row for row in rows if (row.tp, row.backend) in plain and row.kvp > 1]
+    assert shared
+    for row in shared:
+        assert (
+            row.prefill_factor == pytest.approx(row.prefill_s / plain[row.tp, row.backend]) and row.prefill_factor > 1
+        )
+
+
+def test_measurements_that_no_fit_could_use_are_told(capsys):
+    assert main(f"--model {NEMOTRON} --gpus 8 --hardware h200 --context 4096 --format json".split()) == 0
+    left = json.loads(capsys.readouterr().out)["measurements_left_out"]
+    assert any("step-h200.json" in reason and "operation 'step'" in reason for reason in left)
+
+
+@pytest.mark.parametrize(
     "changed, said",
     [
         ("--hardware h20", "did you mean h200? known: h100, h200, b200, gb200"),
