@@ -271,7 +271,9 @@ def test_measurements_that_no_fit_could_use_are_told(capsys):
     "changed, said",
     [
         ("--hardware h20", "did you mean h200? known: h100, h200, b200, gb200"),
-        ("--gpus 0", "'0'; allowed: a whole number from 1"),
+        ("--gpus 0", "'0'; allowed: a whole number from 1 to 1,000,000,000"),
+        ("--batch 99999999999999999999", "allowed: a whole number from 1 to 1,000,000,000"),
+        ("--context ²", "allowed: a whole number from 1 to 1,000,000,000"),
         ("--ttl-ms x", "'x'; allowed: a number above 0"),
         ("--model nobody/nothing", "known: Qwen/Qwen3-235B-A22B"),
         ("--backend FLASHMLA", "allowed with --backend: FLASH_ATTN, FLASHINFER"),
@@ -297,6 +299,62 @@ def test_a_folder_is_a_model_too(tmp_path, capsys):
     assert main(f"--model {tmp_path} --gpus 4 --hardware h200 --context 1000".split()) == 0
     shown = capsys.readouterr().out
     assert "Serve " in shown and f"vllm serve {tmp_path}" in shown and "helix-gqa" in shown
+
+
+SMALL = {
+    "model_type": "llama", "architectures": ["A"], "num_attention_heads": 8, "num_key_value_heads": 2,
+    "hidden_size": 512, "num_hidden_layers": 2, "intermediate_size": 1024, "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds list, not an object"),
+        ('"llama"', "holds str, not an object"),
+        ({"num_attention_heads": "8"}, "has num_attention_heads '8'; allowed: a whole number from 1"),
+        ({"num_attention_heads": 0}, "has num_attention_heads 0; allowed"),
+        ({"num_hidden_layers": None}, "has num_hidden_layers None; allowed"),
+        ({"hidden_size": True}, "has hidden_size True; allowed"),
+        ({"num_key_value_heads": -2}, "has num_key_value_heads -2; allowed"),
+        ({"architectures": []}, "has architectures []; allowed: a list of names"),
+        ({"model_type": ["llama"]}, "is not a known family"),
+        ({"num_experts": 4, "num_experts_per_tok": "a", "moe_intermediate_size": 8}, "has num_experts_per_tok 'a'"),
+        ({"model_type": "deepseek_v3"}, "has no field 'kv_lora_rank'"),
+        ({"num_key_value_heads": 3}, "8 query heads cannot share 3 KV heads"),
+    ],
+)
+def test_what_is_no_config_is_refused_with_the_reason(config, said, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(config if isinstance(config, str) else json.dumps(SMALL | config))
+    assert main(f"--model {file} --gpus 4 --hardware h200 --context 1000".split()) == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.out == "" and str(file) in told.err
+
+
+def test_a_hub_model_that_was_downloaded_before_is_read_from_the_cache(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["--model", "some/model", "--gpus", "4", "--hardware", "h200", "--context", "1000"]) == 0
+    assert "vllm serve some/model --tensor-parallel-size" in capsys.readouterr().out
+    assert main(["--model", "some/other", "--gpus", "4", "--hardware", "h200", "--context", "1000"]) == 2
+    assert "hf download some/other config.json" in capsys.readouterr().err
+
+
+def test_more_gpus_than_a_model_has_heads_make_more_servers():
+    """And no more layouts: TP never exceeds the 128 query heads, whatever --gpus says."""
+    few, many = (answer(LLAMA, gpus, "gb200", 4096) for gpus in (128, 1_000_000))
+    assert layouts_of(few.rows) == layouts_of(many.rows)
+    assert max(row.tp for row in many.rows) == 128
+    assert next(row.servers for row in many.rows if row.tp == 8) == 125_000
 
 
 def test_the_committed_schema_is_that_of_the_document():
