@@ -138,6 +138,28 @@ def test_at_one_million_tokens_it_advises_helix(model, gpus):
     assert found.verdict.crossover < 1_000_000
 
 
+#: (model, GPUs, dtype) -> latency for 8 users, lowest latencies, most users, at 1M tokens on GB200: docs/planner.md.
+GAINS = {
+    (LLAMA, 64, "bf16"): (1.49, 1.42, 5.0),
+    (LLAMA, 64, "fp4"): (1.06, 0.99, 2.0),
+    (R1, 64, "bf16"): (None, 3.29, 36.0),
+    (R1, 64, "fp4"): (1.99, 2.03, 10.0),
+    (R1, 32, "bf16"): (None, 3.30, 18.0),
+    (R1, 32, "fp4"): (1.73, 2.03, 10.0),
+}
+
+
+@pytest.mark.parametrize("asked", GAINS, ids=lambda asked: "-".join(map(str, asked)).replace("/", "--"))
+def test_gains_at_one_million_tokens_are_those_of_the_docs(asked):
+    """The paper: 1.13 and 4 for 405B, 1.5 and 32 for R1, in FP4. Twice the GPUs, twice the users of bf16's best."""
+    model, gpus, dtype = asked
+    gains = answer(model, gpus, "gb200", 1_000_000, weights=dtype, kv=dtype).verdict.gains
+    latency, interactivity, users = GAINS[asked]
+    assert gains.latency == (None if latency is None else pytest.approx(latency, rel=0.05))
+    assert gains.interactivity == pytest.approx(interactivity, rel=0.05)
+    assert gains.most_users == pytest.approx(users, rel=0.05)
+
+
 def test_the_published_nemotron_command_buys_no_capacity(capsys):
     command = f"--model {NEMOTRON} --gpus 8 --hardware h200 --context 131072 --tp 8 --dcp 2 --format json"
     assert main(command.split()) == 0
