@@ -16,7 +16,9 @@ from harness.bench.measure import BASELINE, CELL, Where, cache_labels, finished,
 from harness.bench.predict import predict
 from harness.bench.result import KvCapacity, interval, ratio
 from harness.bench.spec import BenchSpec, Goodput, Load
+from harness.capacity import promised
 from harness.cell import Cell, Mode
+from harness.declared import shape_of
 from harness.hardware import Hardware
 from harness.matrix import expand
 from harness.runner import run
@@ -108,6 +110,16 @@ def test_perf_is_run_by_its_name_only():
     here = [item for item in plan if item.skip is None]
     assert {item.cell.mode for item in here} == {Mode.HELIX_GQA, Mode.HELIX_MLA} and all(item.bench for item in plan)
     assert all(item.declared is Verdict.PASS for item in here)
+
+
+def test_what_ci_measures_has_capacity_to_win_by_both_kinds_of_sharing():
+    """GQA: TP 4 on 2 KV heads, max(1, TP / K) = 2. MLA: DCP = TP = 2. A ratio of 1 would prove nothing."""
+    assert "perf-smoke" not in [suite.name for suite in load_all()]
+    cells = {item.cell.mode: item for item in expand(load_all(["perf-smoke"]), [CPU])}
+    gqa, mla = cells[Mode.HELIX_GQA], cells[Mode.HELIX_MLA]
+    assert len(cells) == 2 and all(item.skip is None and item.declared is Verdict.PASS for item in cells.values())
+    assert shape_of(gqa.cell.model).num_kv_heads == 2 and gqa.cell.tp == 4 and promised(gqa.cell) == 2
+    assert mla.cell.kvp == mla.cell.tp == 2 and promised(mla.cell) == 2
 
 
 @pytest.mark.parametrize(
