@@ -10,7 +10,8 @@ from helix_runtime.capabilities import STANDARD_DCP, STANDARD_TP
 from helix_runtime.planner.row import Row
 
 if TYPE_CHECKING:
-    from helix_runtime.planner.plan import Question, Sweep
+    from helix_runtime.planner.candidates import Sweep
+    from helix_runtime.planner.plan import Question
 
 #: A gain below this is no reason to leave standard TP: fits miss single terms by more.
 WORTHWHILE = 1.1
