@@ -1,6 +1,7 @@
 """Plans: complete, legal, and able to say no."""
 
 import json
+import math
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from helix_runtime import capabilities
 from helix_runtime.layout import LayoutError, resolve_layout
-from helix_runtime.planner import Question, load_gpu, plan, words
+from helix_runtime.planner import Question, calibrate, load_gpu, plan, words
 from helix_runtime.planner.calibration import IDEAL
 from helix_runtime.planner.cli import main
 from helix_runtime.planner.plan import layouts_of
@@ -281,6 +282,22 @@ def test_prefill_is_compared_with_standard_tp_on_the_same_backend():
         assert (
             row.prefill_factor == pytest.approx(row.prefill_s / plain[row.tp, row.backend]) and row.prefill_factor > 1
         )
+
+
+def test_bands_are_printed_as_rows_use_them(capsys):
+    """Backend by backend, and without the attention that other models have."""
+    command = f"--model {NEMOTRON} --gpus 8 --hardware h200 --context 4096"
+    assert main([*command.split(), "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)["calibration"]
+    for backend in ("FLASH_ATTN", "FLASHINFER"):
+        fit = calibrate("h200", backend)["attention"]
+        assert told[f"attention with {backend}"]["band"] == pytest.approx(math.exp(fit.band))
+        assert told[f"attention with {backend}"]["n"] == fit.n > 0
+    assert told["attention with FLASH_ATTN"]["band"] != told["attention with FLASHINFER"]["band"]
+    assert "attention" not in told and not any(kind.startswith("latent") for kind in told)
+    assert main(command.split()) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"±{math.expm1(calibrate('h200', 'FLASH_ATTN')['attention'].band):.0%})" in shown
 
 
 def test_measurements_that_no_fit_could_use_are_told(capsys):
