@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: A gain below this is no reason to leave standard TP: fits miss single terms by more.
 WORTHWHILE = 1.1
-#: Layouts that are closer than this are as good as each other. In users, so are those that one user a server parts.
+#: Layouts that are closer than this are as good as each other. So are those that a single user parts.
 ALIKE = 1.05
 
 
@@ -81,7 +81,7 @@ def gain(question: "Question", one: Row, other: Row) -> float:
 
 def beats(question: "Question", one: Row, other: Row) -> bool:
     """Whether `other` is better than `one` by more than what makes them alike."""
-    if question.ttl_ms is not None and other.users - one.users <= max(one.servers, other.servers):
+    if question.ttl_ms is not None and other.users - one.users <= 1:
         return False
     return gain(question, one, other) > ALIKE
 
