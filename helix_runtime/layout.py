@@ -104,7 +104,8 @@ def legal_layouts(
     LayoutError where the model or an option is wrong, whatever TP and DCP.
     """
     found = []
-    for tp in range(1, gpus + 1):
+    # No TP above the query heads is legal (rule query-heads-divisible-by-tp); one is asked to hear of a wrong model.
+    for tp in range(1, min(gpus, _size(num_query_heads)) + 1):
         for kvp in _divisors(tp):
             for helix in (False, True) if helix_mode is None else (helix_mode,):
                 proposal = _propose(tp, kvp, num_query_heads, num_kv_heads, use_mla, helix, **options)

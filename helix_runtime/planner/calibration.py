@@ -1,8 +1,10 @@
-"""How far the real kernels stay behind the data sheet: fitted to measurements, with a band from leaving each one out.
+"""How far the real kernels stay behind the data sheet: fitted to measurements, with a band from leaving cases out.
 
 A kernel takes `overhead + per_rank * ranks + roofline / efficiency`, fitted by least squares of relative errors, none
 of the three negative. The band is the 90th percentile of |log(predicted / measured)| when every measurement in turn is
-predicted by a fit to the others. What nobody has measured is an assumption, says so, and has a wide band.
+predicted by a fit to the other cases: one case, such as a batch at a context, is measured in several files and by
+several kernels, and its own repetition would foretell it too well. What nobody has measured is an assumption, says so,
+and has a wide band.
 """
 
 import math
@@ -26,7 +28,7 @@ Seconds = TypeVar("Seconds", float, np.ndarray)
 _TYPICAL = 1e-4
 #: Fewer measurements than this do not make a fit.
 ENOUGH = 4
-#: Band of an assumption, and what is added where a fit is carried over to another GPU: logs of a factor.
+#: Band of an assumption, and what is added where a fit is carried over to another GPU or backend: logs of a factor.
 ASSUMED_BAND, CARRIED_BAND = math.log(1.35), math.log(1.15)
 #: A fit never claims to be better than this.
 SMALLEST_BAND = math.log(1.02)
@@ -114,10 +116,14 @@ def fit(measurements: Sequence[Measurement]) -> Fit:
 
 
 def left_out_errors(measurements: Sequence[Measurement]) -> list[float]:
-    """log(predicted / measured) of every measurement, predicted by a fit to all the others."""
+    """log(predicted / measured) of every measurement, predicted by a fit to all other cases.
+
+    Where a class knows too few other cases for that, by a fit to all other measurements.
+    """
     errors = []
     for at, one in enumerate(measurements):
-        others = fit([*measurements[:at], *measurements[at + 1 :]])
+        cases = [other for other in measurements if other.case != one.case]
+        others = fit(cases if len(cases) >= ENOUGH - 1 else [*measurements[:at], *measurements[at + 1 :]])
         errors.append(math.log(max(others.predict(one.roofline, one.ranks), 1e-12) / one.seconds))
     return errors
 
@@ -175,13 +181,16 @@ def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement
     elif kind.endswith("attention"):
         own = _attention(backend, own)
     here = [one for one in own if one.device == gpu]
-    if len(here) >= ENOUGH:
-        return fitted(here)
     if len(own) < ENOUGH:
         return ASSUMED[kind]
-    carried = fitted(own)
-    source = f"{carried.source}, carried over from {', '.join(sorted({one.device for one in own}))}"
-    return replace(carried, band=carried.band + CARRIED_BAND, source=source)
+    found = fitted(here if len(here) >= ENOUGH else own)
+    elsewhere = [] if len(here) >= ENOUGH else [", ".join(sorted({one.device for one in own}))]
+    if backend is not None and kind.endswith("attention"):
+        elsewhere += sorted({one.series for one in own} - {"", backend})
+    if not elsewhere:
+        return found
+    source = f"{found.source}, carried over from {' and '.join(elsewhere)}"
+    return replace(found, band=found.band + CARRIED_BAND * len(elsewhere), source=source)
 
 
 def _attention(backend: str | None, measured: Sequence[Measurement]) -> list[Measurement]:

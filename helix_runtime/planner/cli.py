@@ -13,6 +13,8 @@ from helix_runtime.planner.plan import DEFAULT_BATCH, DEFAULT_BLOCK, Plan, Quest
 from helix_runtime.shapes import load_shape
 
 USAGE = 2
+#: Of any number asked: what comes of two of them still fits 64 bits.
+MOST = 10**9
 #: Where no terminal tells its width.
 WIDTH = 190
 EXAMPLES = """\
@@ -57,7 +59,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="a hub id with a committed shape, or a folder or config.json")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a hub id with a committed shape or in the hub's cache, or a folder or config.json",
+    )
     parser.add_argument("--gpus", required=True, type=_whole, metavar="N", help="GPUs to use, at most")
     parser.add_argument("--hardware", required=True, help=", ".join(known_gpus()))
     parser.add_argument("--context", required=True, type=_whole, metavar="S", help="tokens of every request")
@@ -132,8 +138,8 @@ def _about(found: Plan, tp: int | None, dcp: int | None) -> str | None:
 
 def _whole(text: str) -> int:
     number = text.replace("_", "").replace(",", "")
-    if not number.isdigit() or int(number) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}'; allowed: a whole number from 1")
+    if not number.isdecimal() or not 1 <= int(number) <= MOST:
+        raise argparse.ArgumentTypeError(f"'{text}'; allowed: a whole number from 1 to {MOST:,}")
     return int(number)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helix_runtime.planner.calibration import Calibration
+from helix_runtime.planner.calibration import EAGER_LAUNCH, Calibration
 from helix_runtime.planner.grid import A2A, AG_RS, Grid
 from helix_runtime.planner.hardware import BYTES, Gpu
 from helix_runtime.planner.weights import Weights, weights_of
@@ -80,8 +80,7 @@ def decode(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, l
     reduce = _all_reduce(hidden, grid.output, gpu, calibration)
     reduce = reduce + _all_reduce(hidden, grid.ffn * grid.experts, gpu, calibration)
     between = np.where(grid.stages > 1, gpu.latency + hidden / gpu.link, 0) * (grid.stages - 1)
-    kernels = KERNELS * layers + (KERNELS_MOE - KERNELS) * weights.moe_layers
-    launch = kernels * (calibration["launch"].predict(0.0) if launches else 0.0)
+    launch = kernels(shape) * (calibration["launch"].predict(0.0) if launches else 0.0)
     # Stages work on different micro-batches at the same time, and a token passes through all of them.
     terms = {
         "attention": attention * layers,
@@ -94,6 +93,16 @@ def decode(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, l
     }
     overhead = calibration["latent attention" if shape.use_mla else "attention"].predict(0.0)
     return Cost(terms, (attention - overhead) * layers, shape.use_mla, computes, busy)
+
+
+def kernels(shape: ModelShape) -> int:
+    """Kernels of one decode step."""
+    return KERNELS * shape.num_layers + (KERNELS_MOE - KERNELS) * weights_of(shape).moe_layers
+
+
+def eager(shape: ModelShape, calibration: Calibration) -> float:
+    """Seconds that a step takes longer where the host launches every kernel, outside a CUDA graph."""
+    return kernels(shape) * max(0.0, EAGER_LAUNCH - float(calibration["launch"].predict(0.0)))
 
 
 def prefill(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, chunk: int = 8192) -> np.ndarray:

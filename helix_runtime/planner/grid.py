@@ -10,6 +10,8 @@ from helix_runtime.layout import Layout
 
 #: How partials are merged: not at all, packed All-to-All, AllGather + ReduceScatter.
 NONE, A2A, AG_RS = 0, 1, 2
+#: vLLM's names of the two, as `--dcp-comm-backend` takes them.
+MERGES = {"a2a": A2A, "ag_rs": AG_RS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,16 @@ class Grid:
         return Grid(**columns)
 
 
-def entry(layout: Layout, q_replicate: bool = False, batch: int = 1) -> dict[str, object]:
+def entry(layout: Layout, q_replicate: bool = False, batch: int = 1, merge: int | None = None) -> dict[str, object]:
     """A legal layout of vLLM as one row of a Grid.
 
     Standard DCP projects its own heads and gathers the queries of its group; so does MLA under Helix unless the query
     projection is replicated. Helix GQA projects what it computes. Helix merges by one packed All-to-All, standard DCP
-    by AllGather + ReduceScatter, which are their defaults.
+    by AllGather + ReduceScatter, which are their defaults; `merge` says otherwise.
     """
     shared = layout.kvp > 1
+    if merge is None:
+        merge = A2A if layout.helix_mode else AG_RS
     gathers = shared and (layout.mode == STANDARD_DCP or layout.use_mla) and not q_replicate
     return {
         "tpa": layout.tpa,
@@ -74,6 +78,6 @@ def entry(layout: Layout, q_replicate: bool = False, batch: int = 1) -> dict[str
         "stages": 1,
         "batch": batch,
         "gathers": gathers,
-        "merge": NONE if not shared else A2A if layout.helix_mode else AG_RS,
+        "merge": merge if shared else NONE,
         "overlap": False,
     }

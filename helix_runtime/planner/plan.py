@@ -1,31 +1,21 @@
 """One question, every legal layout, one answer. The rules are `helix_runtime.layout`'s; nothing is refused here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from helix_runtime import capabilities
 from helix_runtime.layout import Layout, LayoutError, legal_layouts
-from helix_runtime.planner.calibration import EAGER_LAUNCH, FOLDER, Calibration, by_backend, calibrate, repeated
-from helix_runtime.planner.capacity import capacity
-from helix_runtime.planner.cost import TERMS, Cost, Workload, cached_bytes, decode, prefill, stored_bytes
-from helix_runtime.planner.grid import Grid, entry
+from helix_runtime.planner.calibration import FOLDER, Calibration, Fit, calibrate
+from helix_runtime.planner.candidates import Candidates
+from helix_runtime.planner.cost import Workload
 from helix_runtime.planner.hardware import BYTES, Gpu, PlannerError
-from helix_runtime.planner.measurements import Measurement, read_measurements
-from helix_runtime.planner.row import Row, bound, command, refused
-from helix_runtime.planner.verdict import WORTHWHILE, Verdict, judge
+from helix_runtime.planner.measurements import read_measurements
+from helix_runtime.planner.row import Row
+from helix_runtime.planner.verdict import Verdict, judge
 from helix_runtime.shapes import ModelShape
 
 DEFAULT_BATCH = 8
 DEFAULT_BLOCK = 16
-#: Batches that are tried for `--ttl-ms`, for the front and for the gains: dense below 32, then 5 % apart.
-BATCHES = tuple(sorted({*range(1, 33), *np.unique(np.geomspace(32, 65536, 157).astype(int)).tolist()}))
-
-
-#: Contexts at which the crossover is looked for.
-CONTEXTS = tuple(1024 * 2**power for power in range(12))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +78,35 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """`rows`: every legal layout with every backend, the best first. `best` is None where nothing fits."""
+    """`rows`: every legal layout with every backend, the best first. `best` is None where nothing fits.
+
+    `attention`: the fit of each backend, where they are not priced alike.
+    """
 
     question: Question
     rows: tuple[Row, ...]
     verdict: Verdict
     calibration: Calibration
+    attention: tuple[tuple[str, Fit], ...] = ()
+
+    @property
+    def fits(self) -> dict[str, Fit]:
+        """What prices the rows, by class, and attention by backend; without the attention of other models."""
+        mla = self.question.shape.use_mla
+        own, other = ("latent attention", "attention")[:: 1 if mla else -1]
+        found = {kind: fit for kind, fit in self.calibration.fits.items() if kind != other}
+        if self.attention:
+            del found[own]
+        return {f"{own} with {name}": fit for name, fit in self.attention} | found
 
     @property
     def best(self) -> Row | None:
         return self.verdict.best
+
+    @property
+    def starts_today(self) -> Row | None:
+        """The best row that neither the plugin nor vLLM refuses so far."""
+        return next((row for row in self.rows if row.possible and not row.refused_today), None)
 
     @property
     def front(self) -> tuple[Row, ...]:
@@ -110,180 +119,18 @@ def plan(question: Question, calibration: Calibration | None = None) -> Plan:
     PlannerError where it has no answer.
     """
     found = read_measurements(FOLDER) if calibration is None else None
-    calibration = calibration or calibrate(question.gpu.key, question.backend, given=found.measurements)
-    candidates = _Candidates(question, calibration, found.measurements if found else None)
+    if found is not None:
+        calibration = calibrate(question.gpu.key, question.backend, given=found.measurements)
+        calibration = replace(calibration, left_out=found.left_out)
+    candidates = Candidates(question, calibration, found.measurements if found else None)
     rows = candidates.rows()
     verdict = judge(question, rows, candidates.sweep, candidates.crossover)
-    return Plan(question, rows, verdict, calibration)
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Latency of every sharding at every batch that fits, over all GPUs: `users` and `seconds` are [entries, BATCHES].
-
-    `seconds` is infinite where the batch does not fit.
-    """
-
-    layouts: tuple[Layout, ...]
-    users: np.ndarray
-    seconds: np.ndarray
-
-
-class _Candidates:
-    """Layouts with their backends, MLA with and without replicated queries, costed at once."""
-
-    def __init__(self, question: Question, calibration: Calibration, measured: Sequence[Measurement] | None):
-        self.question = question
-        self.layouts = question.layouts()
-        self.variants = [
-            (layout, replicate)
-            for layout in self.layouts
-            for replicate in ((False, True) if layout.use_mla and layout.kvp > 1 else (False,))
-        ]
-        backends = [layout.attention_backend for layout, _ in self.variants]
-        alike = measured is None
-        self.calibration = calibration if alike else by_backend(calibration, question.gpu.key, backends, measured)
-        workload, gpu = question.workload, question.gpu
-        self.grid = Grid.of(entry(layout, replicate) for layout, replicate in self.variants)
-        self.stored = stored_bytes(workload, self.grid)
-        self.cached = cached_bytes(workload, self.grid)
-        self.capacities = [
-            capacity(gpu, weights, cached, question.context, layout.kvp, question.block)
-            for (layout, _), weights, cached in zip(self.variants, self.stored, self.cached, strict=True)
-        ]
-        self.servers = np.array([question.gpus // layout.tp for layout, _ in self.variants])
-        self.fits = np.array([one.users for one in self.capacities])
-
-    @cached_property
-    def sweep(self) -> Sweep:
-        grid = self.grid.times(BATCHES)
-        cost = decode(self.question.workload, self.question.gpu, repeated(self.calibration, len(BATCHES)), grid)
-        seconds = cost.total.reshape(len(self.grid), len(BATCHES))
-        batches = np.array(BATCHES)
-        seconds = np.where(batches[None, :] <= self.fits[:, None], seconds, np.inf)
-        layouts = tuple(layout for layout, _ in self.variants)
-        return Sweep(layouts, self.servers[:, None] * batches[None, :], seconds)
-
-    def crossover(self) -> int | None:
-        """The shortest of CONTEXTS from which the best Helix layout stays faster than the best standard TP."""
-        question = self.question
-        batch = np.maximum(1, np.ceil(question.users / self.servers).astype(int))
-        grid = Grid(**{**self.grid.__dict__, "batch": batch})
-        helix = np.array([layout.helix_mode for layout, _ in self.variants])
-        plain = np.array([layout.kvp == 1 for layout, _ in self.variants])
-        found = None
-        for context in reversed(CONTEXTS):
-            workload = Workload(question.shape, context, question.weights, question.kv)
-            seconds = decode(workload, question.gpu, self.calibration, grid).total
-            if not seconds[helix].min() * WORTHWHILE < seconds[plain].min():
-                break
-            found = context
-        return found
-
-    def batches(self) -> np.ndarray:
-        """Batch of one server: the asked users spread over the servers, or as many as keep the latency."""
-        if self.question.ttl_ms is None:
-            return np.maximum(1, np.ceil(self.question.users / self.servers).astype(int))
-        keeps = self.sweep.seconds <= self.question.ttl_ms * 1e-3
-        most = np.where(keeps, np.array(BATCHES)[None, :], 0).max(axis=1)
-        return np.maximum(1, most)
-
-    def rows(self) -> tuple[Row, ...]:
-        question, gpu = self.question, self.question.gpu
-        batches = self.batches()
-        grid = Grid(**{**self.grid.__dict__, "batch": batches})
-        cost = decode(question.workload, gpu, self.calibration, grid)
-        total, (low, high) = cost.total, cost.band(self.calibration)
-        prompt = prefill(question.workload, gpu, self.calibration, self.grid)
-        best: dict[tuple, int] = {}  # the cheaper of gathered and replicated queries
-        for at, (layout, _) in enumerate(self.variants):
-            key = (layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)
-            if key not in best or total[at] < total[best[key]]:
-                best[key] = at
-        plain = {layout.tp: prompt[at] for at, (layout, _) in enumerate(self.variants) if layout.kvp == 1}
-        kept = self._kept(total, batches)
-        users = (
-            np.minimum(batches * self.servers, question.users) if question.ttl_ms is None else batches * self.servers
-        )
-        speed = users / total / question.gpus
-        front = _front(1 / total, speed, kept & np.isin(np.arange(len(total)), list(best.values())))
-        made = [
-            self._row(layout, best[(layout.tp, layout.kvp, layout.helix_mode, layout.attention_backend)], cost)
-            for layout in self.layouts
-        ]
-        rows = [
-            row.model_copy(
-                update={
-                    "batch": int(batches[at]),
-                    "users": int(users[at]),
-                    "possible": bool(kept[at]),
-                    "latency_ms": total[at] * 1e3,
-                    "latency_low_ms": low[at] * 1e3,
-                    "latency_high_ms": high[at] * 1e3,
-                    "prefill_s": float(prompt[at]),
-                    "prefill_factor": float(prompt[at] / plain[row.tp]) if row.tp in plain else None,
-                    "tokens_per_second_user": float(1 / total[at]),
-                    "tokens_per_second_gpu": float(speed[at]) if kept[at] else 0.0,
-                    "pareto": bool(front[at]),
-                }
-            )
-            for row, at in made
-        ]
-        order = (lambda row: -row.users) if question.ttl_ms is not None else (lambda row: row.latency_ms)
-        return tuple(
-            sorted(rows, key=lambda row: (not row.possible, order(row), row.latency_ms, row.refused_today is not None))
-        )
-
-    def _kept(self, total: np.ndarray, batches: np.ndarray) -> np.ndarray:
-        fits = batches <= self.fits
-        return fits if self.question.ttl_ms is None else fits & (total <= self.question.ttl_ms * 1e-3)
-
-    def _row(self, layout: Layout, at: int, cost: Cost) -> tuple[Row, int]:
-        question, room = self.question, self.capacities[at]
-        terms = {term: float(cost.terms[term][at] * 1e3) for term in TERMS}
-        no = refused(layout, question)
-        replicate = self.variants[at][1]
-        kernels = terms["launch"] * 1e-3 / max(self.calibration["launch"].predict(0.0), 1e-12)
-        row = Row(
-            tp=layout.tp,
-            kvp=layout.kvp,
-            tpa=layout.tpa,
-            mode=layout.mode,
-            backend=layout.attention_backend,
-            servers=int(self.servers[at]),
-            duplication=layout.duplication,
-            capacity_factor=layout.kv_capacity_factor,
-            kv_bytes_per_token_gpu=float(self.cached[at] / layout.kvp),
-            kv_bytes_per_user_gpu=room.per_user,
-            kv_pool_bytes_gpu=room.pool,
-            weight_bytes_gpu=float(self.stored[at]),
-            users_that_fit=room.users * int(self.servers[at]),
-            tokens_that_fit=room.tokens * int(self.servers[at]),
-            pool_wasted=room.wasted,
-            block_rounding=room.rounding,
-            granularity_tokens=room.granularity,
-            prefix_lost_tokens=room.prefix_lost,
-            one_more_user_at=room.more_at,
-            one_fewer_user_from=room.fewer_at,
-            terms_ms=terms,
-            reads_ms=float(cost.reads[at] * 1e3),
-            bound_by=bound(terms, bool(cost.attention_computes[at]), bool(cost.weights_compute[at])),
-            eager_ms=kernels * max(0.0, EAGER_LAUNCH - self.calibration["launch"].predict(0.0)) * 1e3,
-            refused_today=no,
-            notes=layout.notes,
-            command=command(layout, question, replicate),
-        )
-        return row, at
-
-
-def _front(speed: np.ndarray, throughput: np.ndarray, possible: np.ndarray) -> np.ndarray:
-    """Which entries no other one beats in both tokens/s a user and tokens/s a GPU."""
-    marks = np.zeros(len(speed), bool)
-    for at in np.flatnonzero(possible):
-        better = possible & (speed >= speed[at]) & (throughput >= throughput[at])
-        better &= (speed > speed[at]) | (throughput > throughput[at])
-        marks[at] = not better.any()
-    return marks
+    attention: tuple[tuple[str, Fit], ...] = ()
+    if found is not None:
+        kind = "latent attention" if question.shape.use_mla else "attention"
+        names = sorted({row.backend for row in rows})
+        attention = tuple((name, calibrate(question.gpu.key, name, given=found.measurements)[kind]) for name in names)
+    return Plan(question, rows, verdict, calibration, attention)
 
 
 def layouts_of(rows: Sequence[Row]) -> set[tuple[int, int, str, str]]:

@@ -18,7 +18,8 @@ class Row(BaseModel):
     `batch` is of one server, of which there are `servers`. `possible`: the batch fits, and keeps the latency where
     one is asked. `latency_low_ms`, `latency_high_ms`: the error band. `reads_ms`: attention without its
     kernels' overhead, which is all that more sharding can save. `eager_ms`: what launching without CUDA graphs
-    would add. `refused_today`: why the plugin or vLLM does not start this layout yet, or None.
+    would add. `comm`: the exchange, as `--dcp-comm-backend` takes it; None for standard TP. `refused_today`: why the
+    plugin or vLLM does not start this layout yet, or None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +29,7 @@ class Row(BaseModel):
     tpa: int
     mode: str
     backend: str
+    comm: str | None = None
     servers: int
     duplication: int
     capacity_factor: float
@@ -92,13 +94,17 @@ def refused(layout: Layout, question: "Question") -> str | None:
 _KV_FLAG = {"fp8": "fp8", "fp4": "nvfp4"}
 
 
-def command(layout: Layout, question: "Question", q_replicate: bool) -> str:
+def command(layout: Layout, question: "Question", q_replicate: bool, comm: str | None) -> str:
     """What a user types to serve `layout` on one server's GPUs."""
     args = ["vllm", "serve", question.shape.name, *layout.to_args(), "--max-model-len", str(question.context)]
+    if question.weights == "fp8" and question.shape.quantization is None:
+        args += ["--quantization", "fp8"]  # vLLM quantises 16-bit weights as it loads them
     if question.kv in _KV_FLAG:
         args += ["--kv-cache-dtype", _KV_FLAG[question.kv]]
     if question.block != 16:
         args += ["--block-size", str(question.block)]
+    if comm == "a2a" and not layout.helix_mode:  # Helix asks for it by itself
+        args += ["--dcp-comm-backend", comm]
     if q_replicate:
         args += ["--dcp-q-replicate"]
     if layout.helix_mode:

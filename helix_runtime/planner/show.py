@@ -41,7 +41,7 @@ _COLUMNS = (
 
 
 class FitOut(BaseModel):
-    """One class of the calibration. `band`: a factor; `n` 0 means assumed."""
+    """One class of the calibration, of attention one backend. `band`: a factor; `n` 0 means assumed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +53,10 @@ class FitOut(BaseModel):
 
 
 class Document(BaseModel):
-    """`plan --format json`. Times as in `Row`; the first row is the best at what was asked."""
+    """`plan --format json`. Times as in `Row`; the first row is the best at what was asked.
+
+    `serving`: what the command of `best` leaves to the reader. `starts_today`: the best that is not refused so far.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,6 +79,8 @@ class Document(BaseModel):
     gains: Gains
     crossover: int | None
     best: Row | None
+    serving: tuple[str, ...]
+    starts_today: Row | None
     layouts: tuple[Row, ...]
     calibration: dict[str, FitOut]
     measurements_left_out: tuple[str, ...]
@@ -102,6 +107,8 @@ def document(plan: Plan, about: str | None = None) -> Document:
         gains=plan.verdict.gains,
         crossover=plan.verdict.crossover,
         best=plan.best,
+        serving=words.serving(plan),
+        starts_today=plan.starts_today,
         layouts=plan.rows,
         calibration={
             kind: FitOut(
@@ -111,7 +118,7 @@ def document(plan: Plan, about: str | None = None) -> Document:
                 n=fit.n,
                 source=fit.source,
             )
-            for kind, fit in calibration.fits.items()
+            for kind, fit in plan.fits.items()
         },
         measurements_left_out=calibration.left_out,
     )
@@ -150,14 +157,15 @@ def show(plan: Plan, console: Console, about: str | None = None) -> None:
     if plan.best:
         console.print(Text("Serve it with:"), style="bold")
         console.print(Text(f"  {plan.best.command}"), soft_wrap=True)
-        if plan.best.servers > 1:
-            console.print(Text(f"  … on each of {plan.best.servers} groups of {plan.best.tp} GPUs"))
-        if question.context > question.shape.max_position_embeddings:
-            most = question.shape.max_position_embeddings
-            console.print(
-                Text(f"  … the model's own limit is {most:,} tokens: more needs scaled RoPE (--hf-overrides)")
-            )
+        for note in words.serving(plan):
+            console.print(Text(f"  … {note}"), soft_wrap=True)
         console.print()
+        if plan.best.refused_today and (starts := plan.starts_today):
+            console.print(Text("That does not start today. This does:"), style="bold")
+            console.print(Text(f"  {starts.command}"), soft_wrap=True)
+            if starts.servers > 1:
+                console.print(Text(f"  … on each of {starts.servers} groups of {starts.tp} GPUs"))
+            console.print()
     console.print(Text(words.basis(plan)), style="bright_black")
 
 

@@ -1,4 +1,4 @@
-"""Whether Helix pays: the best Helix layout against the best standard TP, and the reason in words."""
+"""Whether Helix pays: the best Helix layout against the best standard TP and stock DCP, and the reason in words."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -10,10 +10,13 @@ from helix_runtime.capabilities import STANDARD_DCP, STANDARD_TP
 from helix_runtime.planner.row import Row
 
 if TYPE_CHECKING:
-    from helix_runtime.planner.plan import Question, Sweep
+    from helix_runtime.planner.candidates import Sweep
+    from helix_runtime.planner.plan import Question
 
-#: A gain below this is no reason to leave standard TP.
-WORTHWHILE = 1.05
+#: A gain below this is no reason to leave standard TP: fits miss single terms by more.
+WORTHWHILE = 1.1
+#: Layouts that are closer than this are as good as each other. So are those that a single user parts.
+ALIKE = 1.05
 
 
 class Gains(BaseModel):
@@ -33,7 +36,9 @@ class Gains(BaseModel):
 
 
 class Verdict(BaseModel):
-    """`pays`: None where there is nothing to compare. `crossover`: context from which Helix is faster, if any is."""
+    """`pays`: Helix is chosen; None where there is nothing to compare. `standard`, `helix`, `stock_dcp`: the best of
+    each kind. `crossover`: context from which Helix is faster than standard TP, if any is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,30 +58,39 @@ def judge(question: "Question", rows: Sequence[Row], sweep: "Sweep", crossover: 
     standard = next((row for row in possible if row.mode == STANDARD_TP), None)
     helix = next((row for row in possible if row.helix), None)
     gains = _gains(sweep, standard, helix, question.ttl_ms is None)
-    pays, reason = _reason(question, rows, standard, helix)
-    # What is not worthwhile is not chosen: it only adds parts that can break.
-    best = next((row for row in possible if pays or not row.helix), None) or next(iter(possible), None)
+    stock = next((row for row in possible if row.mode == STANDARD_DCP), None)
+    pays, reason = _reason(question, rows, standard, helix, stock)
     return Verdict(
         pays=pays,
         reason=reason,
-        best=helix if pays and best is not None and not best.helix and _same(best, helix, question) else best,
+        best=helix if pays else _instead(question, standard, stock) or helix,
         standard=standard,
         helix=helix,
-        stock_dcp=next((row for row in possible if row.mode == STANDARD_DCP), None),
+        stock_dcp=stock,
         gains=gains,
         crossover=crossover() if any(row.helix for row in rows) else None,
     )
 
 
-def gain(question: "Question", standard: Row, helix: Row) -> float:
-    """By what factor Helix is better at what was asked: latency, or users at a latency."""
+def gain(question: "Question", one: Row, other: Row) -> float:
+    """By what factor `other` is better than `one` at what was asked: latency, or users at a latency."""
     if question.ttl_ms is not None:
-        return helix.users / standard.users
-    return standard.latency_ms / helix.latency_ms
+        return other.users / one.users
+    return one.latency_ms / other.latency_ms
 
 
-def _same(one: Row, other: Row, question: "Question") -> bool:
-    return gain(question, one, other) > 1 / 1.01
+def beats(question: "Question", one: Row, other: Row) -> bool:
+    """Whether `other` is better than `one` by more than what makes them alike."""
+    if question.ttl_ms is not None and other.users - one.users <= 1:
+        return False
+    return gain(question, one, other) > ALIKE
+
+
+def _instead(question: "Question", standard: Row | None, stock: Row | None) -> Row | None:
+    """What is served without Helix. What is not worthwhile is not chosen: it only adds parts that can break."""
+    if standard is None or stock is None:
+        return standard or stock
+    return stock if gain(question, standard, stock) >= WORTHWHILE else standard
 
 
 def _gains(sweep: "Sweep", standard: Row | None, helix: Row | None, fixed_users: bool) -> Gains:
@@ -107,7 +121,7 @@ def _gains(sweep: "Sweep", standard: Row | None, helix: Row | None, fixed_users:
 
 
 def _reason(
-    question: "Question", rows: Sequence[Row], standard: Row | None, helix: Row | None
+    question: "Question", rows: Sequence[Row], standard: Row | None, helix: Row | None, stock: Row | None
 ) -> tuple[bool | None, str]:
     if not any(row.possible for row in rows):
         need = min(row.weight_bytes_gpu for row in rows) / 1e9
@@ -122,12 +136,30 @@ def _reason(
     if helix is None:
         legal = any(row.helix for row in rows)
         return False, "no Helix layout fits" if legal else "no Helix layout is legal here"
+    if stock is not None and beats(question, helix, stock) and _instead(question, standard, stock) is stock:
+        return False, _stock_better(question, standard, helix, stock)
     if standard is None:
         return True, "only with a shared KV cache do that many users fit at all"
     factor = gain(question, standard, helix)
     if factor >= WORTHWHILE:
         return True, _why(question, standard, helix)
-    return False, _why_not(question, standard, helix)
+    why = _why_not(question, standard, helix)
+    if factor > 1:
+        why = f"{factor:.2f} times is less than the {WORTHWHILE:g} from which a modelled gain counts; {why}"
+    return False, why
+
+
+def _stock_better(question: "Question", standard: Row | None, helix: Row, stock: Row) -> str:
+    """Some sharing pays, and more of it would not: stock DCP also has sizes between none and all."""
+    if question.ttl_ms is not None:
+        found, ours, theirs = f"{stock.users} users", f"{helix.users}", standard and f"{standard.users}"
+    else:
+        found, ours, theirs = (row and f"{row.latency_ms:.2f} ms" for row in (stock, helix, standard))
+    said = f"sharing the KV cache pays, and stock DCP does it better: {found} with TP {stock.tp}, DCP {stock.kvp}"
+    said = f"{said}, {ours} with Helix's best, {theirs or 'no layout that fits'} with standard TP's"
+    if standard is None or gain(question, standard, helix) >= WORTHWHILE:
+        return said
+    return f"{said}; {_why_not(question, standard, helix)}"
 
 
 def _why(question: "Question", standard: Row, helix: Row) -> str:

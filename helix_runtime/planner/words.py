@@ -1,11 +1,15 @@
 """A plan in sentences: the verdict's paragraph, one asked layout, and where the numbers come from."""
 
+import math
+
 from helix_runtime.layout import legal_layouts
+from helix_runtime.planner.calibration import Fit
 from helix_runtime.planner.capacity import recomputed
 from helix_runtime.planner.cost import TERMS
 from helix_runtime.planner.hardware import BYTES
-from helix_runtime.planner.plan import Plan
+from helix_runtime.planner.plan import Plan, Question
 from helix_runtime.planner.row import Row
+from helix_runtime.planner.verdict import WORTHWHILE, beats
 
 
 def name(row: Row) -> str:
@@ -34,15 +38,18 @@ def verdict(plan: Plan) -> str:
         said.append(f"Helix does not pay here: {found.reason}.{helix}")
         if found.crossover and found.crossover > question.context:
             said.append(f"For as many users it would be faster from about {found.crossover:,} tokens on.")
+        gains = found.gains
+        if gains.most_users and gains.most_users >= WORTHWHILE:
+            said.append(
+                f"With other batches it has at most {gains.most_users:.3g} times standard TP's users, at "
+                f"{gains.most_users_ms:.2f} ms."
+            )
     if found.pays and found.standard and found.helix:
         said.append(_terms(found.standard, found.helix))
-    if found.pays and found.stock_dcp and found.helix and found.stock_dcp.kvp == found.helix.kvp:
-        said.append(
-            f"Stock DCP at the same sizes holds as much and takes {found.stock_dcp.latency_ms:.2f} ms with its default "
-            "exchange (ag_rs)."
-        )
+    if found.pays and found.stock_dcp and found.helix:
+        said.append(_beside_stock(question, found.stock_dcp, found.helix))
     if best is not None and best.refused_today:
-        starts = next((row for row in plan.rows if row.possible and not row.refused_today), None)
+        starts = plan.starts_today
         instead = f" The best that starts today is {name(starts)}, {starts.latency_ms:.2f} ms." if starts else ""
         said.append(f"It does not start today: {best.refused_today}.{instead}")
     elif best is not None and best.helix:
@@ -51,6 +58,27 @@ def verdict(plan: Plan) -> str:
             f"{best.eager_ms:.1f} ms."
         )
     return " ".join(said)
+
+
+def serving(plan: Plan) -> tuple[str, ...]:
+    """What the serve command takes for granted, or leaves to the reader."""
+    question, shape, best = plan.question, plan.question.shape, plan.best
+    if best is None:
+        return ()
+    said = []
+    if best.servers > 1:
+        said.append(f"on each of {best.servers} groups of {best.tp} GPUs")
+    if question.context > shape.max_position_embeddings:
+        most = shape.max_position_embeddings
+        said.append(f"the model's own limit is {most:,} tokens: more needs scaled RoPE (--hf-overrides)")
+    stored = shape.quantization or "bf16"
+    if question.weights == "fp4" and stored in ("bf16", "fp8"):
+        said.append(
+            f"fp4 weights need a checkpoint that holds them (NVFP4): name it instead of {shape.name}, which is {stored}"
+        )
+    elif question.weights != stored and shape.quantization:
+        said.append(f"this checkpoint is {stored}, and is served so whatever --dtype says of its weights")
+    return tuple(said)
 
 
 def cliffs(plan: Plan) -> str:
@@ -108,16 +136,19 @@ def about(plan: Plan, tp: int, dcp: int, helix: bool | None = None) -> str:
 
 def basis(plan: Plan) -> str:
     """What was measured, what is assumed."""
-    calibration = plan.calibration
+    alike: dict[Fit, list[str]] = {}
+    for kind, fit in plan.fits.items():
+        if fit.measured:
+            alike.setdefault(fit, []).append(kind)
     measured = [
-        f"{kind} ({fit.n} measurements of {fit.source}, ±{(2.718281828**fit.band - 1):.0%})"
-        for kind, fit in calibration.fits.items()
-        if fit.measured
+        f"{' and '.join(kinds)} ({fit.n} measurements of {fit.source}, ±{math.expm1(fit.band):.0%})"
+        for fit, kinds in alike.items()
     ]
+    assumed = [kind for kind, fit in plan.fits.items() if not fit.measured]
     gpu = plan.question.gpu
     return (
         f"{gpu.name}: data sheet figures. Measured: {'; '.join(measured) or 'nothing'}. Assumed: "
-        f"{', '.join(calibration.assumed)}. The band of a latency adds every term's own."
+        f"{', '.join(assumed)}. The band of a latency adds every term's own."
     )
 
 
@@ -129,11 +160,20 @@ def _gain(plan: Plan) -> str:
             f"{gains.latency:.2f} times lower latency than the best standard TP ({name(standard)}, "
             f"{standard.latency_ms:.2f} ms)"
         )
-    if gains.users and standard:
+    if gains.users and gains.users > 1 and standard:
         said.append(f"{gains.users:.3g} times the users at {standard.latency_ms:.2f} ms")
     if gains.most_users and gains.most_users > 1:
         said.append(f"at most {gains.most_users:.3g} times the users, at {gains.most_users_ms:.2f} ms")
     return ", ".join(said) or "standard TP has no layout that fits"
+
+
+def _beside_stock(question: Question, stock: Row, helix: Row) -> str:
+    """What vLLM does without the plugin, which shares the cache as well where its own rules let it."""
+    users = f" for {stock.users} users" if question.ttl_ms is not None else ""
+    what = f"{name(stock)} with --dcp-comm-backend {stock.comm} takes {stock.latency_ms:.2f} ms{users}"
+    if beats(question, stock, helix):
+        return f"Stock DCP gains less: {what}."
+    return f"Stock DCP shares the cache as well: {what}, without the plugin and in CUDA graphs."
 
 
 def _terms(standard: Row, helix: Row) -> str:

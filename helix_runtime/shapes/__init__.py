@@ -48,7 +48,10 @@ class MoeShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """One model. `num_kv_heads` is 1 for MLA (the latent); `head_size` is then the cached size, as vLLM counts it."""
+    """One model. `num_kv_heads` is 1 for MLA (the latent); `head_size` is then the cached size, as vLLM counts it.
+
+    `quantization`: the method of its own checkpoint, None for weights of 16 bits.
+    """
 
     name: str
     architecture: str
@@ -63,6 +66,7 @@ class ModelShape:
     tie_word_embeddings: bool
     mla: MlaShape | None = None
     moe: MoeShape | None = None
+    quantization: str | None = None
 
     @property
     def use_mla(self) -> bool:
@@ -70,32 +74,38 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], name: str) -> "ModelShape":
-        """From a `config.json`. ValueError, with the model's name, for an unknown family or a missing field."""
+        """From a `config.json`. ValueError, with the model's name, for what is none: no object, an unknown family, a
+        field that is missing or no size."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{name}: its config.json holds {type(config).__name__}, not an object")
         family = config.get("model_type")
         if family not in (*_MLA_TYPES, *_GQA_TYPES):
             known = ", ".join((*_GQA_TYPES, *_MLA_TYPES))
             raise ValueError(f"{name}: model_type {family!r} is not a known family; known: {known}")
         try:
             mla = _mla(config) if family in _MLA_TYPES else None
-            heads = config["num_attention_heads"]
+            heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
             return cls(
                 name=name,
-                architecture=config["architectures"][0],
+                architecture=_architecture(config),
                 num_query_heads=heads,
                 # Absent or null means multi-head attention: as many KV heads as query heads.
-                num_kv_heads=1 if mla else config.get("num_key_value_heads") or heads,
-                head_size=mla.latent_size if mla else config.get("head_dim") or config["hidden_size"] // heads,
-                num_layers=config["num_hidden_layers"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                vocab_size=config["vocab_size"],
-                max_position_embeddings=config["max_position_embeddings"],
+                num_kv_heads=1 if mla else _size(config, "num_key_value_heads", heads),
+                head_size=mla.latent_size if mla else _size(config, "head_dim", hidden // heads),
+                num_layers=_size(config, "num_hidden_layers"),
+                hidden_size=hidden,
+                intermediate_size=_size(config, "intermediate_size"),
+                vocab_size=_size(config, "vocab_size"),
+                max_position_embeddings=_size(config, "max_position_embeddings"),
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 mla=mla,
                 moe=_moe(config),
+                quantization=_quantization(config),
             )
         except KeyError as missing:
             raise ValueError(f"{name}: its config.json has no field {missing}") from None
+        except ValueError as wrong:
+            raise ValueError(f"{name}: its config.json has {wrong}") from None
 
     def layout_arguments(self) -> dict[str, object]:
         """The model's part of `layout.resolve_layout`'s and `layout.legal_layouts`' keywords."""
@@ -112,27 +122,52 @@ class ModelShape:
 def load_shape(name_or_path: str | Path) -> ModelShape:
     """A committed shape by hub id, or the shape of a model folder or a `config.json`.
 
-    Raises ValueError with the known names where it is none of these.
+    A hub id without a committed shape is looked up in the hub's cache on this machine, and nowhere else. Raises
+    ValueError with the known names where it is none of these.
     """
+    name = str(name_or_path)
+    if name in known_shapes():
+        return _shape_in(_FOLDER / f"{name.replace('/', '--')}.json", name)
     path = Path(name_or_path)
     if path.is_dir():
         path = path / "config.json"
-    committed = _FOLDER / f"{str(name_or_path).replace('/', '--')}.json"
-    if str(name_or_path) in known_shapes():
-        return ModelShape.from_config(json.loads(committed.read_text()), str(name_or_path))
-    if path.is_file():
-        return ModelShape.from_config(json.loads(path.read_text()), str(name_or_path))
+    if path.is_file() or (path := _cached(name)):
+        return _shape_in(path, name)
     raise ValueError(
-        f"{str(name_or_path)!r} is neither a committed shape nor a folder or file with a config.json; "
-        f"known: {', '.join(known_shapes())}"
+        f"{name!r} is neither a committed shape, nor a folder or file with a config.json, nor in the hub's cache "
+        f"(hf download {name} config.json puts it there); known: {', '.join(known_shapes())}"
     )
 
 
+def _shape_in(file: Path, name: str) -> ModelShape:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as problem:
+        raise ValueError(f"{name}: {file.name} is no JSON: {problem}") from None
+    return ModelShape.from_config(config, name)
+
+
+def _cached(name: str) -> Path | None:
+    """`config.json` of a hub model that was downloaded before; None without it, or without the hub's library."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+    except (ImportError, ValueError):  # ValueError: `name` cannot be a hub id
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def config_of(name: str) -> dict:
-    """The committed structural fields of a hub model's `config.json`. KeyError for a model without."""
+    """The committed structural fields of a hub model's `config.json`; how its weights are stored is not one of them.
+
+    KeyError for a model without.
+    """
     if name not in known_shapes():
         raise KeyError(f"no committed config of {name!r}; there are: {', '.join(known_shapes())}")
-    return json.loads((_FOLDER / f"{name.replace('/', '--')}.json").read_text())
+    found = json.loads((_FOLDER / f"{name.replace('/', '--')}.json").read_text())
+    found.pop("quantization_config", None)
+    return found
 
 
 def known_shapes() -> tuple[str, ...]:
@@ -142,23 +177,44 @@ def known_shapes() -> tuple[str, ...]:
 
 def _mla(config: Mapping[str, object]) -> MlaShape:
     return MlaShape(
-        kv_lora_rank=config["kv_lora_rank"],
-        qk_rope_head_dim=config["qk_rope_head_dim"],
-        qk_nope_head_dim=config["qk_nope_head_dim"],
-        v_head_dim=config["v_head_dim"],
-        q_lora_rank=config["q_lora_rank"],
+        kv_lora_rank=_size(config, "kv_lora_rank"),
+        qk_rope_head_dim=_size(config, "qk_rope_head_dim"),
+        qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
+        v_head_dim=_size(config, "v_head_dim"),
+        q_lora_rank=None if config["q_lora_rank"] is None else _size(config, "q_lora_rank"),
     )
 
 
 def _moe(config: Mapping[str, object]) -> MoeShape | None:
     """Qwen3-MoE says `num_experts`, DeepSeek `n_routed_experts`."""
-    routed = config.get("n_routed_experts") or config.get("num_experts")
-    if not routed:
+    field = "n_routed_experts" if config.get("n_routed_experts") else "num_experts"
+    if not config.get(field):
         return None
     return MoeShape(
-        routed=routed,
-        per_token=config["num_experts_per_tok"],
-        shared=config.get("n_shared_experts") or 0,
-        intermediate_size=config["moe_intermediate_size"],
-        first_dense_layers=config.get("first_k_dense_replace") or 0,
+        routed=_size(config, field),
+        per_token=_size(config, "num_experts_per_tok"),
+        shared=_size(config, "n_shared_experts", 0),
+        intermediate_size=_size(config, "moe_intermediate_size"),
+        first_dense_layers=_size(config, "first_k_dense_replace", 0),
     )
+
+
+def _size(config: Mapping[str, object], field: str, absent: int | None = None) -> int:
+    """A whole number from 1; `absent` where the field is missing, null or 0. KeyError or ValueError otherwise."""
+    value = config[field] if absent is None else config.get(field) or absent
+    least = 0 if absent == 0 else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{field} {value!r}; allowed: a whole number from 1")
+    return value
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    found = config["architectures"]
+    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+        raise ValueError(f"architectures {found!r}; allowed: a list of names")
+    return found[0]
+
+
+def _quantization(config: Mapping[str, object]) -> str | None:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method")) if isinstance(found, Mapping) else None

@@ -16,7 +16,9 @@ from harness.bench.measure import BASELINE, CELL, Where, cache_labels, finished,
 from harness.bench.predict import predict
 from harness.bench.result import KvCapacity, interval, ratio
 from harness.bench.spec import BenchSpec, Goodput, Load
+from harness.capacity import promised
 from harness.cell import Cell, Mode
+from harness.declared import shape_of
 from harness.hardware import Hardware
 from harness.matrix import expand
 from harness.runner import run
@@ -25,6 +27,7 @@ from harness.server.log import Cause, Failure
 from harness.server.process import ServerFailed
 from harness.suite import SuiteError, load, load_all
 from harness.verdict import Verdict
+from helix_runtime.planner import calibrate
 from helix_runtime.proof import RankProof
 
 CPU = Hardware(family="cpu", name="a CPU", count=2, memory_bytes=2**34)
@@ -107,6 +110,16 @@ def test_perf_is_run_by_its_name_only():
     here = [item for item in plan if item.skip is None]
     assert {item.cell.mode for item in here} == {Mode.HELIX_GQA, Mode.HELIX_MLA} and all(item.bench for item in plan)
     assert all(item.declared is Verdict.PASS for item in here)
+
+
+def test_what_ci_measures_has_capacity_to_win_by_both_kinds_of_sharing():
+    """GQA: TP 4 on 2 KV heads, max(1, TP / K) = 2. MLA: DCP = TP = 2. A ratio of 1 would prove nothing."""
+    assert "perf-smoke" not in [suite.name for suite in load_all()]
+    cells = {item.cell.mode: item for item in expand(load_all(["perf-smoke"]), [CPU])}
+    gqa, mla = cells[Mode.HELIX_GQA], cells[Mode.HELIX_MLA]
+    assert len(cells) == 2 and all(item.skip is None and item.declared is Verdict.PASS for item in cells.values())
+    assert shape_of(gqa.cell.model).num_kv_heads == 2 and gqa.cell.tp == 4 and promised(gqa.cell) == 2
+    assert mla.cell.kvp == mla.cell.tp == 2 and promised(mla.cell) == 2
 
 
 @pytest.mark.parametrize(
@@ -327,6 +340,37 @@ def test_predictions_stand_beside_measurements_where_the_hardware_is_known():
     assert longer.cell_ms > told.cell_ms
     assert "no figures for Abacus" in predict(cell, Load(input=1, output=2, concurrency=1), "Abacus").why_not
     assert "CPU" in predict(HELIX, SPEC.loads[0], "").why_not
+
+
+def test_predictions_are_of_the_cells_own_options():
+    """Eager: 32 layers of 10 kernels, each at the host's 5 µs instead of a graph's, on both sides. And the exchange."""
+    cell = Cell(
+        mode=Mode.HELIX_GQA, backend="FLASH_ATTN", hardware="hopper", model="nvidia/Llama-3.1-Nemotron-Nano-8B-v1",
+        tp=8, kvp=2, interleave=16, comm="a2a",
+    )  # fmt: skip
+    load = Load(input=8000, output=1000, concurrency=16)
+    graphs, eager = (
+        predict(cell.model_copy(update={"serve": serve}), load, "NVIDIA H200")
+        for serve in ((), (("enforce-eager", True),))
+    )
+    added = 320 * (5e-6 - calibrate("h200")["launch"].overhead) * 1e3
+    assert 1.2 < added < 1.4
+    assert eager.cell_ms == pytest.approx(graphs.cell_ms + added)
+    assert eager.baseline_ms == pytest.approx(graphs.baseline_ms + added)
+    assert eager.cell_high_ms == pytest.approx(graphs.cell_high_ms + added * 1.35)
+    assert eager.cell_low_ms == pytest.approx(graphs.cell_low_ms + added / 1.35)
+
+    qwen = Cell(
+        mode=Mode.STANDARD_DCP, backend="FLASH_ATTN", hardware="hopper", model="Qwen/Qwen3-30B-A3B",
+        tp=8, kvp=2, interleave=16, comm="a2a",
+    )  # fmt: skip
+    once = predict(qwen, Load(input=1000, output=1000, concurrency=64), "NVIDIA H200")
+    twice = predict(
+        qwen.model_copy(update={"comm": "ag_rs"}), Load(input=1000, output=1000, concurrency=64), "NVIDIA H200"
+    )
+    wait = 48 * (2.6e-6 + 1.1e-6) * 1e3  # of one collective more a layer, on two ranks
+    assert twice.cell_ms == pytest.approx(once.cell_ms + wait)
+    assert twice.baseline_ms == once.baseline_ms
 
 
 def item_of(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.planner import seconds
 from helix_runtime.layout import resolve_layout
 from helix_runtime.planner.calibration import IDEAL
 from helix_runtime.planner.capacity import RESERVE, UTILISATION, capacity, recomputed
@@ -173,6 +174,11 @@ def test_cliffs_are_where_the_number_of_users_changes():
 
 def test_a_prefix_hit_loses_what_is_beyond_its_last_granule():
     assert recomputed(1000, 16) == 8 and recomputed(1000, 128) == 104 and recomputed(1024, 128) == 0
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-405B-Instruct", "deepseek-ai/DeepSeek-R1"])
+def test_ten_thousand_layouts_take_less_than_a_second_of_cpu(model):
+    assert seconds(model, 10_000) < 1
 
 
 def test_hardware_is_found_by_key_and_by_the_drivers_name():
