@@ -58,14 +58,16 @@ def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
 
 
 def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
-    """vLLM (of cells that ask for the same) and Helix everywhere, torch on the same hardware; no local suffixes."""
+    """vLLM (of cells that ask for the same) and Helix everywhere; torch on the same hardware beside the same vLLM: each
+    release of it brings its own. No local suffixes."""
     found: dict[tuple[str, str], dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for source in sources:
         for record in source.last:
             if not record.judged:
                 continue
             cell, versions = record.result.cell, dict(record.result.versions)
-            for name, where in (("vllm", cell.vllm_version), ("helix", ""), ("torch", cell.hardware)):
+            places = {"vllm": cell.vllm_version, "helix": "", "torch": f"{cell.hardware}, vLLM {cell.vllm_version}"}
+            for name, where in places.items():
                 if name in versions:
                     found[name, where][versions[name].partition("+")[0]][source.name] = None
     for (name, where), by_version in found.items():
