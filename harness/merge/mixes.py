@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from harness.frozen import content_hash
 from harness.merge.source import Source
+from helix_runtime.capability_rows import NIGHTLY
 
 KINDS = ("suites", "versions", "code")
 
@@ -66,7 +67,10 @@ def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
             if not record.judged:
                 continue
             cell, versions = record.result.cell, dict(record.result.versions)
-            places = {"vllm": cell.vllm_version, "helix": "", "torch": f"{cell.hardware}, vLLM {cell.vllm_version}"}
+            asked = cell.vllm_version
+            if asked == NIGHTLY:  # hosts take that image at times of their own
+                asked += f" on {cell.hardware}"
+            places = {"vllm": asked, "helix": "", "torch": f"{cell.hardware}, vLLM {cell.vllm_version}"}
             for name, where in places.items():
                 if name in versions:
                     found[name, where][versions[name].partition("+")[0]][source.name] = None

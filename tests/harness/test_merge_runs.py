@@ -139,6 +139,14 @@ def test_a_version_sweep_is_no_mix(tmp_path, merged):
     assert merged(first, second)[0] == 0
 
 
+def test_hosts_may_have_taken_the_nightly_image_at_other_times(tmp_path, merged):
+    hopper = OTHER.model_copy(update={"vllm_version": "nightly", "mode": Mode.STANDARD_DCP})
+    blackwell = hopper.model_copy(update={"hardware": "blackwell"})
+    first = run_of(tmp_path / "a", [result(hopper, versions=(("vllm", "0.33.0.dev1"),))])
+    second = run_of(tmp_path / "b", [result(blackwell, versions=(("vllm", "0.33.0.dev2"),))])
+    assert merged(first, second)[0] == 0
+
+
 def test_local_suffixes_of_versions_are_no_mix(tmp_path, merged):
     cpu = result(
         BASE.model_copy(update={"hardware": "cpu"}), versions=(("vllm", "0.32.0+cpu"), ("torch", "2.13.0+cpu"))
