@@ -7,7 +7,6 @@ headless host does not notice that the first one has ended (seen), so it is told
 import os
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from harness.cell import Cell
 from harness.executors.lent import Served, files_of
 from harness.executors.local import LocalExecutor
 from harness.frozen import Frozen
-from harness.lease import Host
+from harness.lease import Host, Lease, Ticket
 from harness.need import Need, Room
 from harness.server.launch import Launch
 from harness.server.log import Failure
@@ -127,7 +126,9 @@ def follow_along(
     with tempfile.TemporaryDirectory(prefix="helix-cell-") as scratch:
         folder = Path(scratch) / "cell"
         folder.mkdir()
-        lease = executor.host.wait(executor._need(cell, True), threading.Event())
+        lease = _leased(executor, cell, over)
+        if lease is None:
+            return Followed(failure=None, files={}, proofs=(), host=os.uname().nodename)
         failure, server = None, None
         try:
             launch = executor.place.launch(cell, folder, lease.port, lease.gpus)
@@ -144,3 +145,15 @@ def follow_along(
             lease.release()
         proofs = tuple(read_proofs(folder / "proof")) if (folder / "proof").is_dir() else ()
         return Followed(failure=failure, files=files_of(folder), proofs=proofs, host=os.uname().nodename)
+
+
+def _leased(executor: _First, cell: Cell, over: Callable[[], bool]) -> Lease | None:
+    """This host's share as soon as others give it back; None where the first host ended before that."""
+    need = executor._need(cell, True)
+    with Ticket(need) as ticket:
+        while (lease := executor.host.take(need, ticket)) is None:
+            if over():
+                return None
+            ticket.age()
+            time.sleep(_LOOK)
+    return lease

@@ -6,6 +6,7 @@ from test_executor import CELL
 from test_server import launch
 
 from harness.executors.spread import Part, follow_along, lead
+from harness.lease import Host
 from harness.matrix import baseline_of
 from harness.need import GIB, Need, Room
 from harness.server.launch import make_launch
@@ -59,6 +60,15 @@ def test_a_headless_host_runs_until_the_first_has_ended():
     looks = iter([False, False, True])
     followed = follow_along(CELL, SECOND, LIMITS, ROOM, Stubs("silent"), lambda: next(looks))
     assert followed.failure is None and "server.log" in followed.files and list(looks) == []
+
+
+def test_a_headless_host_that_gets_no_room_ends_with_the_first():
+    held = Host(ROOM).take(Need(cores=8))
+    try:
+        followed = follow_along(CELL, SECOND, LIMITS, ROOM, Stubs("silent"), lambda: True)
+    finally:
+        held.release()
+    assert followed.failure is None and followed.files == {}
 
 
 def test_a_headless_host_whose_ranks_end_says_why():
