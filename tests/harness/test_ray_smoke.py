@@ -1,6 +1,7 @@
 """Real vLLM on a real Ray cluster of three nodes on this host: the smoke suite while a node dies, and one server over
 two nodes."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from harness.ledger import read
 from harness.matrix import baseline_of, expand
 from harness.runner import folder_name, run
 from harness.server.place import Processes
-from harness.suite import load_all
+from harness.suite import ROOT, load_all
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
@@ -44,7 +45,7 @@ class Noted(Processes):
 def nodes():
     """A cluster whose nodes say by a custom resource, as older clusters do, that they are for CPU cells."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the workers take `Noted` from here
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")  # `Noted` is here
         from ray.cluster_utils import Cluster
 
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
