@@ -125,3 +125,11 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     lost = run(PLAN[:2], run_dir=tmp_path / "lost", executor=next_driver, site=next_driver.site, **QUIET)
     assert [one.verdict for one in lost] == [Verdict.ERROR] * 2
     assert lost[0].reason.endswith("no living host of the cluster has cpu")
+
+    # a host that joins is asked, and used
+    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20, labels={"hardware": "cpu"})
+    until = time.monotonic() + 60
+    while next_driver.hosts == 0 and time.monotonic() < until:
+        time.sleep(0.5)
+    (joined,) = run(PLAN[:1], run_dir=tmp_path / "joined", executor=next_driver, site=next_driver.site, **QUIET)
+    assert joined.verdict is Verdict.PASS and len(place.nodes(BASE)) == before[BASE.key] + 1
