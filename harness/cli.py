@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from harness import listing, pytest_front
 from harness.chosen import find_run, read_chosen
 from harness.hardware import Hardware, choose, detect
-from harness.matrix import PlanError, PlannedCell, expand, select
+from harness.matrix import PlanError, PlannedCell, expand, select, without_measured
 from harness.need import Room, fit, host_cores, host_memory
 from harness.run import RUNS, run
 from harness.shard import Shard, cut, known_seconds, parse
@@ -104,6 +104,8 @@ class Request:
     def whole(self) -> list[PlannedCell]:
         """The plan of all shards."""
         plan = select(expand(self.suites, self.hardware, self.options.share_gpu), self.options.cell)
+        if self.cluster:  # what its hosts can run, not what this one can
+            return without_measured(fit(plan, self.cluster.largest))
         return fit(plan, Room(cores=host_cores(), memory_bytes=host_memory()))
 
     @cached_property

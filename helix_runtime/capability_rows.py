@@ -5,7 +5,7 @@ The rows of a vLLM version are what that version's source declares (read in the 
 the harness's business, and the report draws both. No torch and no vLLM here: the table can be asked on any machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import product
 
@@ -15,6 +15,9 @@ DEFAULT_VLLM = SUPPORTED_VLLM[-1]
 
 #: The version name under which the original design's published table is kept.
 ORIGINAL = "helix-original"
+
+#: The version name of a development build: what stands between the last release and the next one.
+NIGHTLY = "nightly"
 
 MODES = ("standard-tp", "standard-dcp", "helix-gqa", "helix-mla")
 STANDARD_TP, STANDARD_DCP, HELIX_GQA, HELIX_MLA = MODES
@@ -66,7 +69,7 @@ class Row:
     runs: bool = True  # the backend runs on this hardware at all, whatever the mode
 
     def covers(self, version: str) -> bool:
-        if self.before is None or version == ORIGINAL:
+        if self.before is None or version in (ORIGINAL, NIGHTLY):
             return version == self.since
         return version_numbers(self.since) <= version_numbers(version) < version_numbers(self.before)
 
@@ -166,7 +169,7 @@ _OURS_0_32 = (
 )  # fmt: skip
 
 
-def _spread(backend: _Backend, folder: str, since: str, before: str) -> list[Row]:
+def _spread(backend: _Backend, folder: str, since: str, before: str | None) -> list[Row]:
     """One row for each hardware family and mode of a backend."""
     return [
         Row(
@@ -256,10 +259,21 @@ def _flashinfer_before_0_32() -> list[Row]:
     ]
 
 
+def _nightly() -> list[Row]:
+    """Standard modes of a development build, as the last release declares them: nobody has read that source yet."""
+    rows = (row for item in _VLLM_0_32 for row in _spread(item, "v1/attention/backends/", NIGHTLY, None))
+    return [
+        replace(row, declared=replace(row.declared, reason=f"as in vLLM {DEFAULT_VLLM}: {row.declared.reason}"))
+        for row in rows
+        if row.mode in (STANDARD_TP, STANDARD_DCP)
+    ]
+
+
 #: Every row of the table.
 ROWS: tuple[Row, ...] = (
     *_original(),
     *_flashinfer_before_0_32(),
+    *_nightly(),
     *(row for item in _VLLM_0_32 for row in _spread(item, "v1/attention/backends/", "0.32.0", "0.32.1")),
     *(row for item in _OURS_0_32 for row in _spread(item, "", "0.32.0", "0.32.1")),
 )

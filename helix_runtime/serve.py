@@ -5,6 +5,7 @@ with CUDA, `vllm serve MODEL … --helix-mode` is the way.
 """
 
 import sys
+from collections.abc import Callable
 
 _USAGE = "usage: helix serve MODEL [vLLM's own options] [--helix-mode]     (options: helix serve MODEL --help)"
 
@@ -18,8 +19,28 @@ def main(argv: list[str] | None = None) -> int:
     model, rest = arguments[1], arguments[2:]
     sys.argv = ["helix serve", *(("--model", model) if not model.startswith("-") else (model,)), *rest]
 
+    if "--headless" in rest:
+        return _refused(_headless)
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
+    return _refused(serve)
+
+
+def _headless() -> None:
+    """Ranks of a server whose first host is another: `vllm serve` knows `--headless`, the server's module does not."""
+    from vllm.entrypoints.cli.serve import run_headless
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    validate_parsed_serve_args(options)
+    options.api_server_count = 0
+    run_headless(options)
+
+
+def _refused(serve: Callable[[], None]) -> int:
     from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
     try:

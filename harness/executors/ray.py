@@ -1,48 +1,73 @@
-"""Cells on the hosts of a Ray cluster: a placement group leases what a cell takes of one host, a task there runs it.
+"""Cells on the hosts of a Ray cluster: a placement group leases what a cell takes, a task there runs it.
 
 vLLM inside uses its own executor. The scheduler stays `harness.runner`; a lost host is an attempt lost to
-infrastructure, which it makes again, elsewhere.
+infrastructure, which it makes again, elsewhere. A cell that no living host can run ends with that as its reason.
 """
 
 import contextlib
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError, TaskCancelledError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.cell import Cell
-from harness.executors.lent import Probe, probe, put_back, serve
+from harness.executors import spread
+from harness.executors.census import Census
+from harness.executors.hosts import ClusterError, Lack, Placement, hardware_of, largest_room, place, site_of
+from harness.executors.lent import Served, put_back, serve
 from harness.executors.local import Attempt
+from harness.executors.site import Site
 from harness.frozen import content_hash
 from harness.hardware import Hardware
 from harness.lease import Cancelled
-from harness.models.recipe import PREFIX
-from harness.need import Room, need_of
-from harness.resume import code_key
+from harness.need import Room
 from harness.server.log import Cause, Failure
 from harness.server.place import Place
 from harness.server.process import Limits
 from harness.transcript import Transcript
 
-#: The label of a host, or the custom resource of an older cluster, that says what it has: `hardware: hopper`, `hopper`.
-LABEL = "hardware"
-#: Of a custom resource that only says where a cell may go.
-_A_BIT = 0.001
-_PATIENCE = 5.0  # seconds between looks at whether the run was interrupted
+__all__ = ["ClusterError", "RayExecutor"]
+
+_NODE = "ray.io/node-id"  # a label that every node has
+_PATIENCE = 5.0  # seconds between looks at whether the run was interrupted, or a host was lost
 
 
-class ClusterError(ValueError):
-    """The cluster cannot run cells; the text says why and what can be done."""
+class _Lease(NamedTuple):
+    """A placement group that was asked for; perhaps it is not there yet."""
+
+    group: PlacementGroup
+    placement: Placement
+
+
+class Bell:
+    """Rung when the first host of a server has ended, however it did."""
+
+    def __init__(self) -> None:
+        self._rung = False
+
+    def ring(self) -> None:
+        self._rung = True
+
+    def rung(self) -> bool:
+        return self._rung
 
 
 class RayExecutor:
     """Runs cells on the hosts of the Ray cluster at `address` (None: the one that this host is in, or a new one here).
 
-    `room` and `place` replace what each host would lend, and where servers run there.
+    `room` and `place` replace what each host would lend, and where servers run there. `cpu_ranks`: a host without GPUs
+    takes at most so many ranks of one cell, more go to further hosts; 0 for no such limit.
     """
 
     def __init__(
@@ -52,8 +77,10 @@ class RayExecutor:
         limits: Limits | None = None,
         room: Room | None = None,
         place: Place | None = None,
+        cpu_ranks: int = 0,
     ):
         self.runtime, self.limits, self.room, self.place = runtime, limits or Limits(), room, place
+        self.cpu_ranks = cpu_ranks
         self.cancel = threading.Event()
         if not ray.is_initialized():
             try:
@@ -61,65 +88,66 @@ class RayExecutor:
             except (ConnectionError, ValueError) as problem:
                 raise ClusterError(f"--executor ray: {problem}; start one: ray start --head") from None
         self._lock = threading.Lock()
-        self._leases: dict[str, PlacementGroup] = {}  # by cell key, for the next attempt; asked for, perhaps not there
+        self._leases: dict[str, _Lease] = {}  # by cell key, for the next attempt
         self._follow: dict[str, ray.ObjectRef] = {}
         self._running: set[ray.ObjectRef] = set()
-        self._serve = ray.remote(max_retries=0)(serve)
-        self.probes = self._ask_hosts()
+        self._serve, self._lead = (ray.remote(max_retries=0)(task) for task in (serve, spread.lead))
+        self._along = ray.remote(max_retries=0)(_follow_along)
+        self._port = ray.remote(num_cpus=0)(spread.free_port)
+        self.census = Census(runtime)
+        self.site: Site = site_of(self.census.living())  # as the run began: a lost host changes no answer
 
     @property
     def hardware(self) -> list[Hardware]:
-        """Each family of the cluster: as many GPUs as one host has, since a cell's server is on one host."""
-        found: dict[str, Hardware] = {}
-        for node in ray.nodes():
-            family = _family(node)
-            for device in self.probes[node["NodeID"]].hardware if node["NodeID"] in self.probes else ():
-                here = device.model_copy(update={"family": family}) if family and device.family != "cpu" else device
-                if here.family not in found or found[here.family].count < here.count:
-                    found[here.family] = here
-        return list(found.values())
+        return hardware_of(self.census.living())
 
     @property
-    def versions(self) -> tuple[tuple[str, str], ...]:
-        """Of what answers depend on, the same on all hosts."""
-        return next(iter(self.probes.values())).versions
+    def hosts(self) -> int:
+        return len(self.census.living())
+
+    @property
+    def largest(self) -> Room:
+        """Cores and memory of the largest CPU host: a CPU cell that takes more can run nowhere."""
+        return largest_room(self.census.living())
 
     @property
     def width(self) -> int:
         """How many cells may run at the same time: no more than there are GPUs, or hosts without one."""
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return max(1, int(sum(node.get("GPU", 0) or 1 for node in alive)))
+        return max(1, sum(one.gpus or 1 for one in self.census.living()))
 
     def reserve(self, cell: Cell, ask: bool = True) -> bool:
-        """Ask for what `cell` takes, once; True as soon as some host gives it. A lack is left to the attempt."""
-        if self._lack(cell):
+        """Ask for what `cell` takes, once; True as soon as hosts give it. A lack is left to the attempt."""
+        placed = self._place(cell)
+        if isinstance(placed, Lack):
+            self._drop(cell)
             return True
         with self._lock:
-            group = self._leases.get(cell.key)
-            if group is None:
-                group = self._leases[cell.key] = self._group(cell)
-        return group.wait(timeout_seconds=0)
+            held = self._leases[cell.key] = self._current(self._leases.get(cell.key), placed)
+        return held.group.wait(timeout_seconds=0)
+
+    def give_back(self) -> None:
+        """Release what is reserved and was not used."""
+        with self._lock:
+            held, self._leases = list(self._leases.values()), {}
+        for lease in held:
+            _remove(lease.group)
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt:
-        """As `LocalExecutor.attempt`, on some host; what it left in its folder there is in `folder` afterwards."""
-        if lack := self._lack(cell):
-            return _lost(lack, Cause.MISSING_IMAGE if "image" in lack else Cause.MISSING_MODEL)
+        """As `LocalExecutor.attempt`, on some hosts; what it left in its folder there is in `folder` afterwards."""
         with self._lock:
-            group = self._leases.pop(cell.key, None) or self._group(cell)
-        reference = None
+            held = self._leases.pop(cell.key, None)
         try:
-            while not group.wait(timeout_seconds=_PATIENCE):
+            while True:
+                placed = self._place(cell)
+                if isinstance(placed, Lack):
+                    return _lost(placed.reason, placed.cause)
+                held = self._current(held, placed)
+                if held.group.wait(timeout_seconds=_PATIENCE):
+                    break
                 if self.cancel.is_set():
                     raise Cancelled
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-            bundle = group.bundle_specs[0]
-            reference = self._serve.options(
-                scheduling_strategy=strategy, num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0)
-            ).remote(cell, self._put(follow), ask, self.runtime, self.limits, self.room, self.place)
-            self._running.add(reference)
-            served = self._wait(reference)
-            put_back(served.files, folder)
-            return served.attempt
+            run = self._on_one if held.placement.hosts == 1 else self._on_several
+            return run(cell, folder, follow, ask, held)
         except RayTaskError as problem:
             raise problem.as_instanceof_cause() from None
         except TaskCancelledError:
@@ -128,40 +156,104 @@ class RayExecutor:
             said = str(problem).strip().splitlines() or [""]
             return _lost(f"its host was lost: {type(problem).__name__}: {said[0]}", Cause.KILLED)
         finally:
-            self._running.discard(reference)
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                remove_placement_group(group)
+            if held is not None:
+                _remove(held.group)
 
     def end_all(self) -> None:
         """End every running cell now; the guards of its server see to what is left."""
         self.cancel.set()
+        self.give_back()
         for reference in list(self._running):
             with contextlib.suppress(RayError):
                 ray.cancel(reference, force=True)
 
-    def _wait(self, reference: ray.ObjectRef):
-        asked = False
-        while True:
-            try:
-                return ray.get(reference, timeout=_PATIENCE)
-            except GetTimeoutError:
-                if self.cancel.is_set() and not asked:
-                    ray.cancel(reference)  # the task stops its server, and then raises
-                    asked = True
+    def _place(self, cell: Cell) -> Placement | Lack:
+        return place(cell, self.census.living(), self.runtime, self.cpu_ranks)
 
-    def _group(self, cell: Cell) -> PlacementGroup:
-        """STRICT_PACK of one bundle: all of it on one host, with the cell's hardware where hosts say what they have."""
-        need = need_of(cell, max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes()), default=1))
-        bundle: dict[str, float] = {"CPU": need.cores}
-        if need.gpus:
-            bundle["GPU"] = need.gpus
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        selector = None
-        if any(LABEL in node.get("Labels", {}) for node in alive):
-            selector = [{LABEL: cell.hardware}]
-        elif any(cell.hardware in node["Resources"] for node in alive):
-            bundle[cell.hardware] = _A_BIT
-        return placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=selector)
+    def _current(self, held: _Lease | None, placed: Placement) -> _Lease:
+        """`held` where it is granted or still what would be asked for; else asked anew, as hosts came or went."""
+        if held is not None and (held.placement == placed or held.group.wait(timeout_seconds=0)):
+            return held
+        if held is not None:
+            _remove(held.group)
+        return _Lease(_group(placed), placed)
+
+    def _drop(self, cell: Cell) -> None:
+        with self._lock:
+            held = self._leases.pop(cell.key, None)
+        if held is not None:
+            _remove(held.group)
+
+    def _on_one(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool, held: _Lease) -> Attempt:
+        reference = self._serve.options(**_in_bundle(held, 0)).remote(
+            cell, self._put(follow), ask, self.runtime, self.limits, self.room, self.place
+        )
+        served = self._wait([reference], held)
+        if isinstance(served, Attempt):
+            return served
+        put_back(served.files, folder)
+        return served.attempt
+
+    def _on_several(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool, held: _Lease) -> Attempt:
+        """Host 0 asks and comes back; the others are told then, and give their proofs. One that ends early ends all."""
+        address = {one.node: one.address for one in self.census.living()}
+        nodes = placement_group_table(held.group)["bundles_to_node_id"]
+        if not all(node in address for node in nodes.values()):
+            return _lost("one of its hosts was lost before its server started", Cause.KILLED)
+        own = [address[nodes[number]] for number in range(held.placement.hosts)]
+        port = ray.get(self._port.options(**_in_bundle(held, 0, nothing=True)).remote(own[0]))
+        parts = [
+            spread.Part(number=number, hosts=len(own), ranks=held.placement.ranks, own=here, master=own[0], port=port)
+            for number, here in enumerate(own)
+        ]
+        bell = ray.remote(num_cpus=0)(Bell).options(**_in_bundle(held, 0, nothing=True)).remote()
+        common = (self.limits, self.room, self.place)
+        first = self._lead.options(**_in_bundle(held, 0)).remote(cell, self._put(follow), ask, parts[0], *common)
+        others = [
+            self._along.options(**_in_bundle(held, part.number)).remote(cell, part, *common, bell) for part in parts[1:]
+        ]
+        try:
+            served = self._wait([first, *others], held)
+        finally:
+            with contextlib.suppress(RayError):
+                ray.get(bell.ring.remote())
+        if isinstance(served, Attempt):
+            return served
+        put_back(served.files, folder)
+        followed = ray.get(others, timeout=self.limits.stop + 60)
+        for number, one in enumerate(followed, 1):
+            put_back(one.files, folder / f"host-{number}")
+        proofs = sorted((*served.attempt.proofs, *(proof for one in followed for proof in one.proofs)), key=_rank)
+        return served.attempt._replace(proofs=tuple(proofs))
+
+    def _wait(self, references: Sequence[ray.ObjectRef], held: _Lease) -> Served | Attempt:
+        """What the first of `references` gives, or the attempt as lost where another ended before it, or all hosts did.
+
+        Ray cancels a task by an interrupt in it: it stops its server, and then ends.
+        """
+        self._running.update(references)
+        asked = False
+        try:
+            while True:
+                done, _ = ray.wait(list(references), num_returns=1, timeout=_PATIENCE)
+                if references[0] in done:
+                    return ray.get(references[0])
+                if done:
+                    return self._without_first(references[0], ray.get(done[0]))
+                if self.cancel.is_set() and not asked:
+                    ray.cancel(references[0])
+                    asked = True
+                if not {one.node for one in self.census.living()} & set(held.placement.nodes):
+                    ray.cancel(references[0], force=True)
+                    return _lost("its host was lost, and no other one of its kind lives", Cause.OTHER)
+        finally:
+            self._running.difference_update(references)
+
+    def _without_first(self, first: ray.ObjectRef, ended: spread.Followed) -> Attempt:
+        ray.cancel(first, force=True)
+        failure = ended.failure or Failure(cause=Cause.OTHER, reason="its headless ranks ended")
+        told = f"host {ended.host} of its server: {failure.reason}"
+        return _lost(told, failure.cause)._replace(log_tail=failure.log_tail)
 
     def _put(self, follow: Transcript | None) -> ray.ObjectRef | None:
         """A baseline's transcript travels to the cluster once, not once a cell."""
@@ -173,44 +265,43 @@ class RayExecutor:
                 self._follow[key] = ray.put(follow)
             return self._follow[key]
 
-    def _ask_hosts(self) -> dict[str, Probe]:
-        """Every living host, by Ray's id of it. ClusterError where one runs other code of ours, or none can run."""
-        ask = ray.remote(num_cpus=0, max_retries=2)(probe)
-        asked = {
-            node["NodeID"]: ask.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(self.runtime)
-            for node in ray.nodes()
-            if node["Alive"]
-        }
-        found = {}
-        for node, reference in asked.items():
-            try:
-                found[node] = ray.get(reference)
-            except RayError as problem:
-                raise ClusterError(f"host {node[:8]} of the cluster does not answer: {problem}") from None
-        here = code_key()
-        if others := [one.host for one in found.values() if one.code != here]:
-            raise ClusterError(f"these hosts run other code of ours: {', '.join(others)}; bring them to this checkout")
-        if len({one.versions for one in found.values()}) > 1:
-            told = "; ".join(f"{one.host}: {', '.join(map(' '.join, one.versions))}" for one in found.values())
-            raise ClusterError(f"the hosts have different versions: {told}; run them apart, then merge")
-        return found
 
-    def _lack(self, cell: Cell) -> str | None:
-        """Why no host can run `cell`, whatever is free: no image, or no model and no hub."""
-        able = [one for one in self.probes.values() if any(have.family == cell.hardware for have in one.hardware)]
-        able = able or list(self.probes.values())
-        if all(one.problem for one in able):
-            return f"no host can run it: {able[0].host}: {able[0].problem}" if able else "the cluster has no host"
-        if cell.model.startswith(PREFIX) or any(not one.offline or cell.model in one.models for one in able):
-            return None
-        return f"no host of the cluster has {cell.model} in its cache, and all are offline"
+def _follow_along(cell: Cell, part: spread.Part, limits: Limits, room: Room | None, place: Place | None, bell):
+    def over() -> bool:
+        try:
+            return ray.get(bell.rung.remote())
+        except RayError:  # it lived on the first host
+            return True
+
+    return spread.follow_along(cell, part, limits, room, place, over)
 
 
-def _family(node: dict) -> str:
-    """What a host says it has, by its label; "" where it does not say."""
-    return node.get("Labels", {}).get(LABEL, "")
+def _group(placed: Placement) -> PlacementGroup:
+    """STRICT_PACK of one bundle, or STRICT_SPREAD of one a host, on the hosts that can run the cell."""
+    bundle: dict[str, float] = {"CPU": placed.cores} | ({"GPU": placed.gpus} if placed.gpus else {})
+    only = {_NODE: f"in({','.join(placed.nodes)})"}
+    strategy = "STRICT_PACK" if placed.hosts == 1 else "STRICT_SPREAD"
+    return placement_group([bundle] * placed.hosts, strategy=strategy, bundle_label_selector=[only] * placed.hosts)
+
+
+def _in_bundle(held: _Lease, number: int, nothing: bool = False) -> dict:
+    """Options of a task that takes all of a bundle, or `nothing` of it."""
+    strategy = PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=number)
+    placed = held.placement
+    return {
+        "scheduling_strategy": strategy,
+        "num_cpus": 0 if nothing else placed.cores,
+        "num_gpus": 0 if nothing else placed.gpus,
+    }
+
+
+def _remove(group: PlacementGroup) -> None:
+    with contextlib.suppress(Exception):  # the cluster may be gone
+        remove_placement_group(group)
+
+
+def _rank(proof) -> int:
+    return proof.rank
 
 
 def _lost(reason: str, cause: Cause) -> Attempt:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from harness.frozen import content_hash
 from harness.merge.source import Source
+from helix_runtime.capability_rows import NIGHTLY
 
 KINDS = ("suites", "versions", "code")
 
@@ -58,14 +59,19 @@ def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
 
 
 def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
-    """vLLM (of cells that ask for the same) and Helix everywhere, torch on the same hardware; no local suffixes."""
+    """vLLM (of cells that ask for the same) and Helix everywhere; torch on the same hardware beside the same vLLM: each
+    release of it brings its own. No local suffixes."""
     found: dict[tuple[str, str], dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for source in sources:
         for record in source.last:
             if not record.judged:
                 continue
             cell, versions = record.result.cell, dict(record.result.versions)
-            for name, where in (("vllm", cell.vllm_version), ("helix", ""), ("torch", cell.hardware)):
+            asked = cell.vllm_version
+            if asked == NIGHTLY:  # hosts take that image at times of their own
+                asked += f" on {cell.hardware}"
+            places = {"vllm": asked, "helix": "", "torch": f"{cell.hardware}, vLLM {cell.vllm_version}"}
+            for name, where in places.items():
                 if name in versions:
                     found[name, where][versions[name].partition("+")[0]][source.name] = None
     for (name, where), by_version in found.items():

@@ -113,7 +113,8 @@ def test_of_nights_the_latest_judged_counts_and_the_earlier_stay_in_the_history(
     [
         ("versions", "vllm of cells for vLLM 0.32.0: 0.31.0 in b; 0.32.0 in a",
          {"results": [result(OTHER, versions=(("vllm", "0.31.0"),))]}),
-        ("versions", "torch on hopper", {"results": [result(OTHER, versions=(("torch", "2.12.0"),))]}),
+        ("versions", "torch on hopper, vLLM 0.32.0: 2.12.0 in b; 2.13.0 in a",
+         {"results": [result(OTHER, versions=(("torch", "2.12.0"),))]}),
         ("suites", "asked for different cells: s (a); t (b)",
          {"results": [result(OTHER)], "chosen": Chosen(suites=("t",))}),
         ("suites", "1 of the same name are declared otherwise", {"results": [result(HELIX, declared=Verdict.XFAIL)]}),
@@ -134,7 +135,15 @@ def test_mixes_that_mislead_are_refused_unless_told(tmp_path, merged, kind, says
 def test_a_version_sweep_is_no_mix(tmp_path, merged):
     old = OTHER.model_copy(update={"vllm_version": "0.29.0"})
     first = run_of(tmp_path / "a", [result(HELIX)])
-    second = run_of(tmp_path / "b", [result(old, versions=(("vllm", "0.29.0"),))])
+    second = run_of(tmp_path / "b", [result(old, versions=(("vllm", "0.29.0"), ("torch", "2.9.1")))])
+    assert merged(first, second)[0] == 0
+
+
+def test_hosts_may_have_taken_the_nightly_image_at_other_times(tmp_path, merged):
+    hopper = OTHER.model_copy(update={"vllm_version": "nightly", "mode": Mode.STANDARD_DCP})
+    blackwell = hopper.model_copy(update={"hardware": "blackwell"})
+    first = run_of(tmp_path / "a", [result(hopper, versions=(("vllm", "0.33.0.dev1"),))])
+    second = run_of(tmp_path / "b", [result(blackwell, versions=(("vllm", "0.33.0.dev2"),))])
     assert merged(first, second)[0] == 0
 
 

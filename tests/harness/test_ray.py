@@ -1,11 +1,12 @@
 """A real Ray cluster of three nodes on this host, with stub servers: placement, a lost node, the same rows as local."""
 
+import json
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from test_runner import BASE, HELIX, OTHER, Table, planned
+from test_runner import BASE, HELIX, OTHER, planned
 from test_server import launch
 
 from harness.executors.local import LocalExecutor
@@ -74,7 +75,7 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     told.mkdir()
     place = Stubs(told, slow=OTHER.key)
     executor = RayExecutor(cluster.address, limits=LIMITS, room=ROOM, place=place)
-    assert executor.width == 4 and {device.family for device in executor.hardware} == {"cpu"}
+    assert executor.width == 3 and {device.family for device in executor.hardware} == {"cpu"}
     killed = []
 
     def kill():
@@ -86,7 +87,7 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    found = run(PLAN, run_dir=tmp_path / "ray", jobs=3, executor=executor, **QUIET)
+    found = run(PLAN, run_dir=tmp_path / "ray", jobs=3, executor=executor, site=executor.site, **QUIET)
     killer.join(20)
 
     assert [one.reason for one in found if one.verdict is Verdict.ERROR] == []
@@ -104,7 +105,31 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     assert [event["cause"] for event in tries] == ["killed", None] and "host was lost" in tries[0]["reason"]
     assert "an attempt before was lost to infrastructure" in found[2].reason
 
-    # a driver that starts again takes over what came back, and asks no host for it
-    idle = Table()
-    again = run(PLAN, run_dir=tmp_path / "ray", executor=idle, resume=True, **QUIET)
-    assert idle.ran == [] and [one.verdict for one in again] == [one.verdict for one in found]
+    # a driver that died after two results goes on with the others, through a cluster executor of its own
+    ledger = tmp_path / "ray" / "ledger.ndjson"
+    lines = ledger.read_text().splitlines(keepends=True)
+    second = [number for number, line in enumerate(lines) if json.loads(line)["event"] == "result"][1]
+    ledger.write_text("".join(lines[: second + 1]))
+    before = {cell.key: len(place.nodes(cell)) for cell in (BASE, HELIX, OTHER, THIRD)}
+    next_driver = RayExecutor(cluster.address, limits=LIMITS, room=ROOM, place=place)
+    assert next_driver.site.kinds == executor.site.kinds and next_driver.hosts == 2
+    again = run(PLAN, run_dir=tmp_path / "ray", executor=next_driver, resume=True, site=next_driver.site, **QUIET)
+    assert [one.verdict for one in again] == [one.verdict for one in expected]
+    started = [cell for cell in (BASE, HELIX, OTHER, THIRD) if len(place.nodes(cell)) > before[cell.key]]
+    assert len(started) == 2
+
+    # a family whose last host is lost ends with that as its reason, and the run ends
+    for node in cluster.list_all_nodes():
+        if node is not cluster.head_node:
+            cluster.remove_node(node, allow_graceful=False)
+    lost = run(PLAN[:2], run_dir=tmp_path / "lost", executor=next_driver, site=next_driver.site, **QUIET)
+    assert [one.verdict for one in lost] == [Verdict.ERROR] * 2
+    assert lost[0].reason.endswith("no living host of the cluster has cpu")
+
+    # a host that joins is asked, and used
+    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20, labels={"hardware": "cpu"})
+    until = time.monotonic() + 60
+    while next_driver.hosts == 0 and time.monotonic() < until:
+        time.sleep(0.5)
+    (joined,) = run(PLAN[:1], run_dir=tmp_path / "joined", executor=next_driver, site=next_driver.site, **QUIET)
+    assert joined.verdict is Verdict.PASS and len(place.nodes(BASE)) == before[BASE.key] + 1

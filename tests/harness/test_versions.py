@@ -9,6 +9,7 @@ from harness.runner import run
 from harness.server.launch import make_launch
 from harness.suite import Group, load_all
 from harness.verdict import Verdict
+from helix_runtime.capabilities import declare
 
 HOPPER = Hardware(family="hopper", name="H200", count=8, memory_bytes=2**37, compute_capability="9.0")
 OLD = Cell(
@@ -26,6 +27,7 @@ def test_the_matrix_tells_versions_apart():
     }
     assert {version: str(verdict) for version, verdict in dcp.items()} == {
         "0.28.0": "xfail", "0.29.0": "xfail", "0.30.0": "pass", "0.31.0": "pass", "0.32.0": "pass",
+        "nightly": "pass",
     }  # fmt: skip
     for item in plan:
         if item.baseline:
@@ -39,6 +41,23 @@ def test_a_release_that_is_not_here_is_a_skip_that_says_so(monkeypatch):
     monkeypatch.setattr("harness.matrix.installed_vllm", lambda: "0.29.0")
     assert skip_reason(OLD, [HOPPER]) is None
     assert installed_vllm() == "0.32.0"
+
+
+def test_a_development_build_is_the_nightly_one(monkeypatch):
+    installed_vllm.cache_clear()
+    monkeypatch.setattr("harness.matrix.metadata.version", lambda name: "0.33.0rc2.dev159+g0123abc")
+    assert installed_vllm() == "nightly"
+    assert skip_reason(OLD.model_copy(update={"vllm_version": "nightly"}), [HOPPER]) is None
+    assert "needs vLLM 0.29.0; this environment has nightly" in skip_reason(OLD, [HOPPER])
+    installed_vllm.cache_clear()
+
+
+def test_a_nightly_build_is_declared_as_the_last_release_in_standard_modes_only():
+    for mode in ("standard-tp", "standard-dcp"):
+        for backend in ("FLASH_ATTN", "FLASHINFER", "FLASHMLA"):
+            last, now = (declare(backend, "hopper", mode, version) for version in ("0.32.0", "nightly"))
+            assert now.support is last.support and now.reason == f"as in vLLM 0.32.0: {last.reason}"
+    assert declare("FLASH_ATTN", "hopper", "helix-gqa", "nightly").reason.endswith("is not in the table of nightly")
 
 
 def test_the_version_is_in_the_name_where_it_is_not_the_usual_one():
