@@ -132,6 +132,14 @@ class RayExecutor:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 remove_placement_group(group)
 
+    def give_back(self) -> None:
+        """Give back what was asked for ahead and not used."""
+        with self._lock:
+            groups, self._leases = list(self._leases.values()), {}
+        for group in groups:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                remove_placement_group(group)
+
     def end_all(self) -> None:
         """End every running cell now; the guards of its server see to what is left."""
         self.cancel.set()

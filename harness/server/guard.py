@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+from harness.server.memory_kills import MemoryKills
+
 SHM = "/dev/shm/"
 #: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
 #: Not `sem.mp-`: glibc maps a semaphore under another name, so one in use elsewhere cannot be told from an orphan.
@@ -30,6 +32,8 @@ ORPHAN = re.compile(r"^(vllm_dist_.*cpushm|psm_|nccl-|torch_)")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 #: What is read of a log, and kept: its beginning, where settings stand, and its end, where causes do.
 HEAD_BYTES, TAIL_BYTES = 2**20, 4 * 2**20
+#: How the name of a server's temporary folder begins; short: vLLM puts unix sockets there.
+SCRATCH = "hx-"
 #: A log that grew by this is cut in its middle.
 LOG_BYTES = 64 * 2**20
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -63,17 +67,21 @@ class Tree:
             time.sleep(0.02)
 
     def sweep(self) -> None:
-        """Remove the tree's shared memory, and orphans of the known names that are younger than the tree.
+        sweep(self.shared, self.born)
 
-        A file that any living process still maps belongs to someone else and stays.
-        """
-        living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
-        for path in Path(SHM).iterdir():
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= self.born - 1
-                if (str(path) in self.shared or orphan) and str(path) not in living:
-                    path.unlink()
+
+def sweep(shared: set[str], born: float) -> None:
+    """Remove this shared memory, and orphans of the known names that are younger than `born` (seconds of the epoch).
+
+    A file that any living process still maps belongs to someone else and stays.
+    """
+    living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
+    for path in Path(SHM).iterdir():
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= born - 1
+            if (str(path) in shared or orphan) and str(path) not in living:
+                path.unlink()
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -114,7 +122,7 @@ def guard(command: list[str], grace: float) -> int:
     global _command_pid
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tree = Tree()
-    scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
+    scratch = tempfile.mkdtemp(prefix=SCRATCH)
     told, log = Told(), Log()
     try:
         process = subprocess.Popen(
@@ -124,22 +132,19 @@ def guard(command: list[str], grace: float) -> int:
             preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
         )
         _command_pid = process.pid
-        looked, killed = 0.0, kills_for_memory()
+        looked, killed = 0.0, MemoryKills(process.pid)
         while process.poll() is None and not told.stop(0.1):
             reap()
             log.shorten()
+            killed.look()
             if time.monotonic() - looked > 1.0:
                 tree.look()
                 looked = time.monotonic()
         tree.look()
         if process.poll():
             time.sleep(0.05)
-            if kills_for_memory() > killed:
-                print(
-                    "guard: out of memory: the kernel killed a process of this host meanwhile",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if kill := killed.told():
+                print(f"guard: {kill}", file=sys.stderr, flush=True)
         if process.poll() is None:
             process.terminate()
             until = time.monotonic() + grace
@@ -155,12 +160,6 @@ def guard(command: list[str], grace: float) -> int:
         tree.kill()
         tree.sweep()
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """How many processes of this host the kernel has killed for want of memory, of the host or of a control group."""
-    fields = (line.split() for line in vmstat.read_text().splitlines())
-    return next((int(field[1]) for field in fields if field[0] == "oom_kill"), 0)
 
 
 class Log:

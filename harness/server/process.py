@@ -13,8 +13,10 @@ import httpx
 
 from harness.cell import Cell
 from harness.frozen import Frozen
+from harness.redact import hide_in_file
 from harness.server.launch import Launch, make_launch
 from harness.server.log import Cause, Failure, explain, kv_cache_tokens, read_log, tail
+from harness.server.strays import end_strays
 
 
 class Limits(Frozen):
@@ -53,6 +55,7 @@ class Server:
         self.limits = limits or Limits()
         self.cancel = cancel or threading.Event()
         self.lease = lease
+        self._born = time.time()
         self._guard: subprocess.Popen | None = None
         self._lock = threading.Lock()
 
@@ -114,6 +117,9 @@ class Server:
         except subprocess.TimeoutExpired:
             guard.kill()
             guard.wait()
+        if guard.returncode < 0:  # killed before its work was done
+            end_strays(guard.pid, self.launch.api_key, self._born)
+        hide_in_file(self.log, (self.launch.api_key,))
         with self._lock, contextlib.suppress(BrokenPipeError):
             guard.stdin.close()
 

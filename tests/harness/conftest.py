@@ -1,4 +1,7 @@
-"""Shared by the tests with containers: one daemon a module, with a tiny base image in it."""
+"""Shared by the fault tests: a small disk; one Docker daemon a module, with a tiny base image in it."""
+
+import os
+import subprocess
 
 import pytest
 
@@ -17,3 +20,14 @@ def docker():
         yield running
         if running.process is None:
             running.client.images.remove(stand_in.TINY, force=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 1 MiB; only root may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("mounting takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

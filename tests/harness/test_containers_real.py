@@ -36,7 +36,9 @@ def image():
             if not client.images.list(stand_in.WHOLE):
                 stand_in.make("whole", stand_in.WHOLE, cli())
                 made.append(stand_in.WHOLE)
-            made.append(images.build(client, images.make_plan(client, "cpu", stand_in.WHOLE, arguments=[("APT", "")])).digest)
+            made.append(
+                images.build(client, images.make_plan(client, "cpu", stand_in.WHOLE, arguments=[("APT", "")])).digest
+            )
         yield images.current(client)["cpu"]
         assert client.containers.list(all=True, filters={"label": "helix.guard"}) == []
         if running.process is None:  # somebody else's daemon is left as it was
