@@ -18,8 +18,11 @@ class MemoryKills:
         self.look()
 
     def look(self) -> None:
-        """Note in which group the process is; one that changes its group is counted from there on."""
-        file = _counter(self.proc / str(self.pid) / "cgroup", self.groups)
+        """Note in which group the process is; one that changes its group is counted from there on.
+
+        Not one that seems to go back to the root: so the kernel shows a process that is ending.
+        """
+        file = _counter(self.proc / str(self.pid) / "cgroup", self.groups, self.file is None)
         if file is not None and file != self.file and (count := _count(file)) is not None:
             self.file, self._before = file, count
 
@@ -35,16 +38,20 @@ class MemoryKills:
         return host if (_count(self.proc / "vmstat") or 0) > self._host_before else ""
 
 
-def _counter(told: Path, groups: Path) -> Path | None:
-    """The file in which the memory group of a process counts its kills, of either version of control groups."""
+def _counter(told: Path, groups: Path, root: bool) -> Path | None:
+    """The file in which the memory group of a process counts its kills, of either version of control groups.
+
+    None where it cannot be told, and for the root group unless `root`.
+    """
     try:
         lines = [line.split(":", 2) for line in told.read_text().splitlines()]
     except OSError:
         return None
-    for _, controllers, group in lines:
-        if "memory" in controllers.split(","):
-            return groups / "memory" / group.strip("/") / "memory.oom_control"
-    return next((groups / group.strip("/") / "memory.events" for number, _, group in lines if number == "0"), None)
+    old = next((group.strip("/") for _, controllers, group in lines if "memory" in controllers.split(",")), None)
+    group = old if old is not None else next((group.strip("/") for number, _, group in lines if number == "0"), None)
+    if group is None or not (group or root):
+        return None
+    return groups / "memory" / group / "memory.oom_control" if old is not None else groups / group / "memory.events"
 
 
 def _count(file: Path) -> int | None:

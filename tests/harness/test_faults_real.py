@@ -1,6 +1,7 @@
 """What breaks, breaks one cell: real processes, each fault with its verdict, its words, and nothing left behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -315,6 +316,9 @@ def test_kills_are_counted_of_the_servers_own_group_alone(tmp_path, group, file)
     counter.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
     kills = MemoryKills(7, proc, groups)
     (proc / "vmstat").write_text("oom_kill 9\n")
+    (proc / "7/cgroup").write_text(re.sub(r":/.*", ":/", group))  # as the kernel shows one that is ending
+    (groups / file).parents[2].joinpath(Path(file).name).write_text("oom_kill 9\n")
+    kills.look()
     assert kills.told() == ""  # somebody else's
     counter.write_text("oom_kill 3\n")
     assert kills.told() == "out of memory: the kernel killed a process of this server's control group"
