@@ -64,7 +64,7 @@ groups:
 
 
 def of_list(cells: int) -> dict[str, float]:
-    """Seconds of `--list` over at least `cells` cells, baselines included: the best of REPEATS by the processor's clock,
+    """Seconds of `--list` over at least `cells` cells, baselines included: the best of REPEATS by CPU seconds,
     and that call's by the wall's.
     """
     seeds = range(-(-cells // 24))  # 20 cells and their 4 baselines each

@@ -45,7 +45,7 @@ class Daemon:
         """Start dockerd and wait until it answers; `tools` comes first on its PATH. NoDaemon when it does not."""
         command = [
             "dockerd", "-H", self.socket, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec",
-            "--pidfile", f"{self.folder}/pid",
+            "--pidfile", f"{self.folder}/pid", "--shutdown-timeout", "5",
         ]  # fmt: skip
         env = {name: value for name, value in os.environ.items() if not name.startswith("HELIX_")}
         env["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}" if tools else os.environ["PATH"]
