@@ -11,17 +11,16 @@ from typing import Any
 NAME = re.compile(r"TOKEN(?!IZ|S\b|_ID)|SECRET|PASSW|CREDENTIAL|API_?KEY|_KEY$|^KEY|_PAT$|AUTH(?!OR)", re.IGNORECASE)
 HIDDEN = "***"
 
+# What is searched may be hostile: each pattern begins with fixed letters, and looks no further without them.
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{20,}"
     r"|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{16})"
 )
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/-]{8,}=*")
-_ASSIGNED = re.compile(
-    r"(?i)((?:\b[A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|_PAT)"
-    r"|--?[a-z-]*(?:token|secret|password|api-?key))=)[^\s\"',]+"
-)
+_ASSIGNED = re.compile(r"(?i)((?:TOKEN|SECRET|PASSWORD|PASSWD|API[_-]?KEY|_PAT)=)[^\s\"',]+")
 #: `scheme://user:password@host`: the password, and what stands before it.
-_IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s:/@]*:)([^\s/@]+)(?=@)")
+_IN_URL = re.compile(r"(://[^\s:/@]{0,200}:)([^\s/@]{1,500})(?=@)")
+_PIECE, _OVERLAP = 2**20, 2**12  # bytes of a file that are looked at together
 _SHORTEST = 8  # a shorter value would blot out ordinary words
 
 
@@ -68,7 +67,7 @@ def hide_in_file(path: Path, more: Iterable[str] = ()) -> None:
 
 
 def _extents(descriptor: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of what a file holds between its holes."""
+    """(start, end) of pieces of what a file holds between its holes. They overlap, so that no secret lies in two."""
     end = 0
     size = os.fstat(descriptor).st_size
     while end < size:
@@ -77,7 +76,8 @@ def _extents(descriptor: int) -> Iterator[tuple[int, int]]:
         except OSError:  # only a hole is left
             return
         end = os.lseek(descriptor, start, os.SEEK_HOLE)
-        yield start, end
+        for at in range(start, end, _PIECE):
+            yield at, min(at + _PIECE + _OVERLAP, end)
 
 
 def _walk(value: Any, known: tuple[str, ...]) -> Any:

@@ -277,6 +277,15 @@ def test_secrets_are_blotted_out_of_a_file_in_place(tmp_path, monkeypatch):
     hide_in_file(tmp_path / "none")  # nothing to do
 
 
+def test_hostile_text_is_searched_in_bounded_time(tmp_path):
+    """Each of these took time by the square of its length where a pattern had no bound; a secret on a seam is found."""
+    path = tmp_path / "server.log"
+    seam = b"x" * (2**20 - 10) + b" Bearer abcdefghijkl "
+    path.write_bytes(seam + b"-" * 2**21 + b"a." * 2**20 + b"_" * 2**20)
+    hide_in_file(path)
+    assert b"abcdefgh" not in path.read_bytes() and path.stat().st_size == len(seam) + 2**22 + 2**20
+
+
 def test_the_environment_that_servers_compute_by_is_part_of_the_key():
     environment = {
         "VLLM_USE_V2_MODEL_RUNNER": "0", "NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HOME": "/root",
