@@ -176,9 +176,14 @@ class Server:
             reason = f"no first token: HTTP {reply.status_code} {reply.text[:300]}; without the key HTTP {turned_away}"
             raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log))))
 
-    def _settle(self, seconds: float = 3.0) -> None:
+    @property
+    def settling(self) -> float:
+        """Seconds in which the end of a dying server is known. A container's is told by its daemon and looked into."""
+        return 12.0 if self.launch.guard[0] == "harness.server.container" else 3.0
+
+    def _settle(self) -> None:
         """Give a dying server a moment to die, so that its log, not the broken connection, gives the cause."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self.settling
         while time.monotonic() < until:
             self.check()
             time.sleep(0.05)

@@ -18,7 +18,7 @@ from harness.server.process import Limits
 from harness.verdict import Verdict
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-LIMITS = Limits(start=40, request=4, stop=1)
+LIMITS = Limits(start=120, request=8, stop=1)  # a busy host is slow
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,12 @@ def test_containers_killed_from_outside_are_started_again(docker, tmp_path):
         Watch(run_dir, "stub starts silent", lambda: kill("silent")),
         Watch(run_dir, "asked", lambda: kill("hangs")),
     ]
-    found = run(run_dir, {1: ["silent", "well"], 2: ["hangs", "well"], 3: ["well"]}, jobs=3, limits=Limits(start=40))
+    found = run(
+        run_dir,
+        {1: ["silent", "well"], 2: ["hangs", "well"], 3: ["well"]},
+        jobs=3,
+        limits=Limits(start=120, request=100, stop=1),
+    )
     for watch in watches:
         watch.join()
     assert {number: result.verdict for number, result in found.items()} == dict.fromkeys((1, 2, 3), Verdict.PASS)
@@ -174,7 +179,7 @@ def test_a_daemon_that_stops_under_a_run_fails_its_cells_and_no_others(docker, t
     behaviours = {1: ["hangs"], 2: ["slow"], 4: ["well"]}
     stopping = Watch(tmp_path / "run", "asked", docker.stop)
     try:
-        limits = Limits(start=40, request=60, stop=1)
+        limits = Limits(start=120, request=60, stop=1)
         found = play(tmp_path / "run", behaviours, jobs=2, limits=limits, place=Mixed(behaviours, image=TINY))
     finally:
         stopping.join()

@@ -34,7 +34,9 @@ def nothing_left(docker, tmp_path, monkeypatch):
 
 
 def ours(client) -> list[str]:
-    return [made.name for made in client.containers.list(all=True, filters={"label": GUARD_LABEL, "ancestor": BASE})]
+    """Names of containers with a guard, dead or alive; others may be removed at this very moment."""
+    filters = {"label": GUARD_LABEL, "ancestor": BASE}
+    return [made.name for made in client.containers.list(all=True, filters=filters, ignore_removed=True)]
 
 
 def run(tmp_path, behaviours: dict[int, str], *options: str, image: str = BASE):
