@@ -83,7 +83,7 @@ class _Asker:
             reply = await client.get("/metrics")
             return reply.text if reply.is_success else ""
         except httpx.TransportError:
-            await _settle(self.server.check)
+            await _settle(self.server)
             return ""
 
     async def _until_idle(self, client: httpx.AsyncClient, seconds: float = 20.0) -> None:
@@ -118,11 +118,11 @@ class _Asker:
             reason = f"no answer to prompt {prompt.name} within {self.server.limits.request:.0f} s"
             raise ServerFailed(Failure(cause=Cause.TIMEOUT, reason=reason)) from None
         except (httpx.TransportError, json.JSONDecodeError) as problem:
-            await _settle(self.server.check)
+            await _settle(self.server)
             reason = f"the answer to prompt {prompt.name} broke off: {type(problem).__name__}: {problem}"
             raise ServerFailed(Failure(cause=Cause.BROKEN_ANSWER, reason=reason)) from problem
         except ValueError:
-            await _settle(self.server.check)
+            await _settle(self.server)
             steps = ()
         # A server that takes other tokens was not forced: it is compared up to where it parts, and is unproven at best.
         followed = wanted is not None and [step.token_id for step in steps] == wanted[: len(steps)]
@@ -192,8 +192,8 @@ async def _watch(check: Callable[[], None]) -> None:
         await asyncio.sleep(0.2)
 
 
-async def _settle(check: Callable[[], None], seconds: float = 3.0) -> None:
+async def _settle(server: Server) -> None:
     """After a broken connection: wait for the death that probably caused it, so that it is reported as what it is."""
-    for _ in range(int(seconds / 0.1)):
-        check()
+    for _ in range(int(server.settling / 0.1)):
+        server.check()
         await asyncio.sleep(0.1)

@@ -17,7 +17,7 @@ from harness.frozen import Frozen
 from harness.hardware import Hardware, detect
 from harness.matrix import PlannedCell, expand
 from harness.models.recipe import PREFIX, cache_root
-from harness.suite import load_all
+from harness.suite import TRUST, load_all
 
 State = Literal["ok", "lacks", "note"]
 SYMBOLS = {"ok": "✓", "lacks": "✗", "note": "·"}
@@ -150,7 +150,7 @@ def _models(host: Host) -> list[Finding]:
         return [Finding(about="models", state="note", says=says, next="or choose recipes: --cell '*/llama-*'")]
     token = "HF_TOKEN is set" if host.hub_token else "no HF_TOKEN: gated models cannot be fetched"
     found = [Finding(about="models", state="ok" if host.hub_token else "note", says=f"{', '.join(hub)}; {token}")]
-    trusting = sorted({cell.model for cell in here if dict(cell.serve).get("trust-remote-code")})
+    trusting = sorted({cell.model for cell in here if dict(cell.serve).get(TRUST)})
     if trusting:
         says = f"the suites give --trust-remote-code to {', '.join(trusting)}: code of that repository runs here"
         found.append(Finding(about="models", state="note", says=says))

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from harness.frozen import Frozen, content_hash
+from harness.redact import hide_secrets
 from harness.resume import code_key
 from harness.server.containers import NoDocker, connect
 from harness.suite import ROOT
@@ -23,6 +24,7 @@ VLLM = "0.32.0"
 #: Labels of every image that is ours: what it is built from, the code in it, which of KINDS.
 KEY, CODE, KIND = "helix.key", "helix.code", "helix.kind"
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+#: Settings of pip's that reach a build: where packages are found.
 _PIP = ("PIP_NO_INDEX", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
 
 
@@ -103,14 +105,19 @@ def make_plan(client, kind: str, base: str | None, vllm: str = VLLM, arguments: 
     )  # fmt: skip
 
 
-def build(client, plan: Plan, say=print) -> Built:
-    """The image of `plan`: the one that is there, else built now. ImageError when the build fails."""
+def build(client, plan: Plan, say=print, pip: Mapping[str, str] | None = None) -> Built:
+    """The image of `plan`: the one that is there, else built now. ImageError when the build fails.
+
+    `pip`: where pip finds packages, by the names of its environment variables (`PIP_INDEX_URL`). Such a URL may hold a
+    password, so it goes in as a secret file: not in the image, its history or a command line. Nor is it in the key.
+    """
     if found := next((image for image in built(client) if image.key == plan.key), None):
         say(f"unchanged: helix-{plan.kind}:{plan.key} {found.digest[:19]}")
         return found
     docker = docker_cli()
     with tempfile.TemporaryDirectory(prefix="helix-image-") as scratch:
-        context = Path(scratch)
+        context, secrets = Path(scratch) / "context", Path(scratch)  # the build sees the context only
+        context.mkdir()
         wheel = make_wheel(context)
         (context / "Dockerfile").write_text(plan.dockerfile)
         given = {
@@ -122,13 +129,30 @@ def build(client, plan: Plan, say=print) -> Built:
         command += [word for name, value in given.items() for word in ("--build-arg", f"{name}={value}")]
         command += [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
         command += ["--secret", f"id=ca,src={_CERTIFICATES}"] if _CERTIFICATES.is_file() else []
+        command += ["--load"] if has_buildx(docker) else []  # into the daemon, whatever builder is chosen
+        if pip:
+            command += ["--secret", f"id=pip,src={_pip_file(pip, secrets)}"]
         say(f"building helix-{plan.kind}:{plan.key} from {plan.base}")
         environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
         done = subprocess.run([*command, str(context)], env=environment, capture_output=True, text=True)
         if done.returncode:
-            last = "\n".join((done.stderr or done.stdout).splitlines()[-25:])
+            last = hide_secrets("\n".join((done.stderr or done.stdout).splitlines()[-25:]))
             raise ImageError(f"docker build ended with {done.returncode}:\n{last}")
-    return next(image for image in built(client) if image.key == plan.key)
+    if made := next((image for image in built(client) if image.key == plan.key), None):
+        return made
+    raise ImageError(
+        f"{docker} built helix-{plan.kind}:{plan.key}, but not into the daemon that answers here; let both use the "
+        "same one: docker context use default, or set DOCKER_HOST"
+    )
+
+
+def _pip_file(pip: Mapping[str, str], folder: Path) -> Path:
+    """A configuration file of pip's with these settings, for its maker's eyes only."""
+    path = folder / "pip.conf"
+    lines = [f"{name.removeprefix('PIP_').lower().replace('_', '-')} = {value}" for name, value in sorted(pip.items())]
+    path.touch(mode=0o600)
+    path.write_text("\n".join(["[global]", *lines, ""]))
+    return path
 
 
 def make_wheel(folder: Path) -> Path:
@@ -154,12 +178,16 @@ def docker_cli() -> str:
         if not os.access(path, os.X_OK) or str(path) in found:
             continue
         found.append(str(path))
-        if subprocess.run([path, "buildx", "version"], capture_output=True).returncode == 0:
+        if has_buildx(str(path)):
             return str(path)
         told = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         if (version := re.search(r"version (\d+)", told)) and 18 <= int(version[1]) < 23:
             return str(path)
     raise ImageError(f"no docker here builds with BuildKit (looked at: {', '.join(found) or 'none'}); install buildx")
+
+
+def has_buildx(docker: str) -> bool:
+    return subprocess.run([docker, "buildx", "version"], capture_output=True).returncode == 0
 
 
 def prune(client, keep: set[str], say=print) -> int:
@@ -202,10 +230,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         client = connect()
         if options.action == "build":
-            pip = _PIP if options.kind == "cpu" else ()  # for CUDA nothing is fetched
-            given = {name: os.environ[name] for name in pip if name in os.environ}
-            given |= dict(word.partition("=")[::2] for word in options.build_arg)
-            made = build(client, make_plan(client, options.kind, options.base, options.vllm, tuple(given.items())))
+            given = dict(word.partition("=")[::2] for word in options.build_arg)
+            pip = {name: value for name, value in (os.environ | given).items() if name in _PIP}
+            given = {name: value for name, value in given.items() if name not in _PIP}
+            plan = make_plan(client, options.kind, options.base, options.vllm, tuple(given.items()))
+            made = build(client, plan, pip=pip)
             print(_line(made))
         elif options.action == "list":
             images = built(client)

@@ -55,11 +55,13 @@ class Lease:
     def release(self, patience: float = 30.0) -> str | None:
         """Give everything back. Returns what is wrong with a GPU whose memory did not come free; that one stays leased,
         to nobody, until it is free."""
-        stuck = self._stuck(patience)
-        for gpu, _, before in stuck:
-            _quarantine(gpu, before)
-        self._path.unlink(missing_ok=True)
-        self._resources.close()
+        try:
+            stuck = self._stuck(patience)
+            for gpu, _, before in stuck:
+                _quarantine(gpu, before)
+        finally:
+            self._path.unlink(missing_ok=True)
+            self._resources.close()
         if not stuck:
             return None
         told = ", ".join(f"GPU {gpu} {memory}" for gpu, memory, _ in stuck)
@@ -180,7 +182,7 @@ def _held(kind: str, before: float = float("inf"), but: Path | None = None) -> l
                 if _locked(descriptor):
                     path.unlink()
                     continue
-                held = json.loads(os.pread(descriptor, 65536, 0))
+                held = _understood(json.loads(os.pread(descriptor, 65536, 0)))
                 if held["since"] < before:
                     found.append(held)
             finally:
@@ -188,8 +190,18 @@ def _held(kind: str, before: float = float("inf"), but: Path | None = None) -> l
     return found
 
 
+def _understood(record: object) -> dict:
+    """What is held, as far as this version understands `record`; another version's may lack fields, or have more."""
+    known = {"cores": 0, "memory": 0, "gpus": [], "waits_for": 0, "since": 0.0}
+    told = record if isinstance(record, dict) else {}
+    numbers = {name: told[name] for name in known if isinstance(told.get(name), int | float)}
+    gpus = told["gpus"] if isinstance(told.get("gpus"), list) else []
+    return {**known, **numbers, "gpus": [str(gpu) for gpu in gpus]}
+
+
 def _quarantine(gpu: str, before: GpuMemory) -> None:
-    path = lease_folder() / f"quarantine-{gpu}.json"
+    """In a file of this process's own: one of another user's cannot be overwritten in a shared folder."""
+    path = lease_folder() / f"quarantine-{gpu}-{os.getpid()}.json"
     path.write_text(json.dumps({"gpu": gpu, "used": before.used, "total": before.total}))
 
 

@@ -62,6 +62,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
     ids: dict[str, str] = {}
     baselines: dict[Cell, Cell] = {}
     skips: dict[tuple[str, int, str], str | None] = {}
+    added: set[tuple[str, str]] = set()  # (suite, key) of baselines; thousands of cells may share one
 
     def add(
         cell: Cell, suite: str, declaration: Declaration, base: Cell | None, bench: BenchSpec | None = None
@@ -99,7 +100,8 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
         if declaration.verdict is not Verdict.REJECTED and (made := baseline_of(cell)) is not None:
             # One object per baseline: its key and id are then hashed once, not once a dependent.
             base = baselines.setdefault(made, made)
-            if bench is None:  # a measured cell runs its baseline itself, round against round
+            if bench is None and (suite, base.key) not in added:  # a measured cell runs its baseline itself
+                added.add((suite, base.key))
                 add_with_baseline(base, suite, declare(base))
         add(cell, suite, declaration, base, bench)
 

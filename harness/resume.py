@@ -29,13 +29,17 @@ JUDGED = (Verdict.PASS, Verdict.FAIL, Verdict.XFAIL, Verdict.XPASS, Verdict.REJE
 
 
 class Setting(Frozen):
-    """What all cells of a run share and answers depend on. `image`: the container image's digest, "" in processes."""
+    """What all cells of a run share and answers depend on. `image`: the container image's digest, "" in processes.
+
+    `environment`: the variables of this environment that change how servers compute.
+    """
 
     versions: tuple[tuple[str, str], ...]
     hardware: tuple[str, ...]
     runtime: str = "process"
     image: str = ""
     code: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -57,6 +61,7 @@ def fingerprint(item: PlannedCell, setting: Setting) -> str:
     """Content hash of everything that can change the verdict of `item`: its arguments and prompts, its model, what the
     suite expects of it, what it is compared with, versions, our own code, the image and the hardware."""
     declared = [item.declared, item.refusal, item.baseline.key if item.baseline else None]
+    declared += [item.bench.model_dump(mode="json")] if item.bench else []
     return content_hash([item.cell.key, model_key(item.cell.model), declared, setting.key])
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import platform
 import sys
 import threading
@@ -27,6 +28,7 @@ from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, between_starts, observe, with_capacity
 from harness.oracle.bands import AGAIN, BATCH, TP_SIZE, Bands
+from harness.passed import computing
 from harness.references import References
 from harness.result import CellResult, Phase
 from harness.resume import NOTHING, Setting, code_key, fingerprint, keep, saved
@@ -50,6 +52,10 @@ class Executor(Protocol):
 
     @property
     def cancel(self) -> threading.Event: ...
+
+    def give_back(self) -> None:
+        """Release what was reserved and is not used."""
+        ...
 
     def end_all(self) -> None: ...
 
@@ -119,7 +125,7 @@ class _Run:
         self.repeat = repeat
         self.setting = Setting(
             versions=self.versions, hardware=site.kinds if site else (*self.hardware, driver()), runtime=place.name,
-            image=place.image, code=code_key(),
+            image=place.image, code=code_key(), environment=computing(os.environ),
         )  # fmt: skip
         self.keys = {item.cell.key: fingerprint(item, self.setting) for item in self.plan}
         self.kept = NOTHING
@@ -161,6 +167,7 @@ class _Run:
                     raise
         finally:
             with deaf():
+                self.executor.give_back()
                 self.ledger.run_end()
         return [self.results[item.cell.key] for item in self.plan]
 

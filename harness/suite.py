@@ -37,8 +37,19 @@ RESERVED = {
     "logits-processors": "",
     "host": None,
     "port": None,
+    "uds": None,
     "served-model-name": None,
+    "api-key": None,
+    "config": None,
 }
+#: … and all whose names begin so.
+RESERVED_PREFIXES = ("ssl-",)
+#: Runs a model's own code; shown wherever a suite gives it, so it has one spelling.
+TRUST = "trust-remote-code"
+
+
+#: A recipe, or OWNER/NAME on the hub: never a path, so neither part begins with a dot.
+MODEL = r"^(recipe:[a-z0-9-]+|[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)$"
 
 
 class _OneOrMany:
@@ -59,12 +70,23 @@ def _plain_list(value: object) -> object:
 
 def _not_reserved(options: dict[str, object]) -> dict[str, object]:
     for name in options:
-        if name in RESERVED:
-            instead = RESERVED[name]
+        usual = option_name(name)
+        if usual != name:
+            raise ValueError(f"'{name}' is written '{usual}': vLLM takes both, and a cell has one name")
+        if full := next((word for word in (*RESERVED, TRUST) if word.startswith(name) and word != name), None):
+            raise ValueError(f"'{name}' is no option in full, and vLLM would read it as '{full}'")
+        if name in RESERVED or name.startswith(RESERVED_PREFIXES):
+            instead = RESERVED.get(name)
             raise ValueError(
                 f"'{name}' cannot be set here; " + (f"use '{instead}'" if instead else "the harness sets it")
             )
     return options
+
+
+def option_name(name: str) -> str:
+    """An option's name as vLLM reads it: `_` is `-`, but not in the keys of a dotted one (`a_b.c_d` is `a-b.c_d`)."""
+    head, dot, rest = name.partition(".")
+    return head.replace("_", "-") + dot + rest
 
 
 def _declarable(verdict: Verdict | None) -> Verdict | None:
@@ -79,7 +101,8 @@ Axis = Annotated[tuple[T, ...], BeforeValidator(_listed), Field(min_length=1), _
 #: `null` leaves the option out, `true` gives a bare flag, `false` its `--no-` form.
 Option = str | int | float | bool | None
 OptionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Options = Annotated[dict[OptionName, Axis[Option]], AfterValidator(_not_reserved)]
+Options = dict[OptionName, Axis[Option]]
+Served = Annotated[Options, AfterValidator(_not_reserved)]
 Family = Literal["cpu", "ampere", "ada", "hopper", "blackwell", "blackwell-rtx"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)]
 Size = Annotated[int, Field(ge=1, le=1024)]
@@ -104,11 +127,11 @@ class Group(Strict):
     mode: Annotated[Mode, Field(strict=False)]
     backend: Axis[Annotated[str, Field(pattern=r"^(auto|[A-Z][A-Z0-9_]*)$")]]
     hardware: Axis[Family]
-    model: Axis[Annotated[str, Field(pattern=r"^(recipe:[a-z0-9-]+|[\w.-]+/[\w.-]+)$")]]
+    model: Axis[Annotated[str, Field(pattern=MODEL)]]
     layout: Axis[LayoutSpec]
     interleave: Axis[Size] = (1,)
     comm: Axis[Comm | None] = (None,)
-    serve: Options = Field(default_factory=dict)
+    serve: Served = Field(default_factory=dict)
     helix: Options = Field(default_factory=dict)
     workload: Literal["smoke", "standard"] = "standard"
     bench: BenchSpec | None = Field(default=None, description="measure the cells against their baselines under load")
@@ -146,7 +169,7 @@ class Suite(Strict):
     name: Name
     description: Sentence
     nightly: bool = Field(default=False, description="long: left out of --all, run by its name only")
-    defaults: dict[Family, Options] = Field(default_factory=dict)
+    defaults: dict[Family, Served] = Field(default_factory=dict)
     groups: Annotated[tuple[Group, ...], BeforeValidator(_plain_list), Field(min_length=1)]
 
     @validator(mode="after")

@@ -22,9 +22,9 @@ from harness.cell import Cell
 from harness.lease import Host, Lease, lease_port
 from harness.need import Need, need_of
 from harness.server.launch import Launch
-from harness.server.log import kv_cache_tokens, read_log
+from harness.server.log import Cause, Failure, kv_cache_tokens, read_log
 from harness.server.place import Place, Processes
-from harness.server.process import Limits, Server
+from harness.server.process import Limits, Server, ServerFailed
 
 CELL, BASELINE = "cell", "baseline"
 Progress = Callable[[str], None]
@@ -68,10 +68,12 @@ class Sides:
         self._lease = host.wait(self._need(host.room.cores), self.where.cancel)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         for side in list(self._up):
             self._stop(side)
-        self._lease.release()
+        stuck = self._lease.release()
+        if stuck and kind is None:
+            raise ServerFailed(Failure(cause=Cause.GPU_MEMORY, reason=stuck))
 
     def _need(self, cores: int) -> Need:
         needs = [need_of(cell, cores) for cell in self.cells.values()]

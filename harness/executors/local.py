@@ -103,6 +103,9 @@ class LocalExecutor:
         if stuck and attempt.failure is None:
             failure = Failure(cause=Cause.GPU_MEMORY, reason=stuck, log_tail=attempt.log_tail)
             return attempt._replace(failure=failure)
+        if stuck:
+            failure = attempt.failure.model_copy(update={"reason": f"{attempt.failure.reason}; {stuck}"})
+            return attempt._replace(failure=failure)
         return attempt
 
     def _served(

@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-
-import psutil
+from pathlib import Path
 
 from harness.server.guard import Log, Told
 
@@ -24,13 +23,25 @@ PORT = 8000
 SHM = "16g"
 #: The image's own user, where the harness is root; else the user who runs the harness.
 USER = 10001
-#: Who started a container: `pid:seconds since the epoch at which that process began`.
+#: Who started a container: the `identity` of its guard.
 GUARD_LABEL = "helix.guard"
 FAILED = 125  # as `docker run` has it: the container could not be run
+#: Seconds for one answer of the daemon: while a container is made, and at its end, where a hung one is not waited for.
+_PATIENT, _HURRIED = 60, 3
 
 
-def identity(process: psutil.Process) -> str:
-    return f"{process.pid}:{process.create_time():.2f}"
+def identity(pid: int) -> str:
+    """Names one process for good, whatever the clock does: `boot:PID namespace:pid:clock ticks from boot to its start`.
+
+    "" for one that has ended.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{boot}:{namespace}:{pid}:{fields[19]}"
 
 
 def user() -> str:
@@ -45,8 +56,10 @@ class Container:
         import docker
 
         self.options = options
-        self.client = docker.from_env(timeout=60)
+        self.client = docker.from_env(timeout=_PATIENT)
+        self.hurried = docker.from_env(timeout=_HURRIED)
         self.container = None
+        self.copier: threading.Thread | None = None
         self.pid = 0
         self.status: int | None = None
         self.lost = ""  # why the daemon no longer answers
@@ -64,10 +77,11 @@ class Container:
             volumes=binds, device_requests=gpus, shm_size=SHM, ipc_mode="private", mem_limit=options.memory or None,
             read_only=True, tmpfs={"/tmp": "exec,mode=1777", "/home/helix": "exec,mode=1777"},
             cap_drop=["ALL"], security_opt=["no-new-privileges"], log_config={"type": "none"},
-            labels={GUARD_LABEL: identity(psutil.Process())},
+            labels={GUARD_LABEL: identity(os.getpid())},
         )  # fmt: skip
         log = self.container.attach(stream=True, stdout=True, stderr=True)
-        threading.Thread(target=self._copy, args=(log,), daemon=True).start()
+        self.copier = threading.Thread(target=self._copy, args=(log,), daemon=True)
+        self.copier.start()
         self.container.start()
         self.container.reload()
         self.pid = self.container.attrs["State"]["Pid"]
@@ -77,14 +91,14 @@ class Container:
         """Stop, then kill, then remove. Without a daemon its processes are killed by what the kernel knows of them."""
         with contextlib.suppress(Exception):
             if self.container is not None and self.status is None and not self.lost:
-                self.container.kill("SIGTERM")
+                self.hurried.api.kill(self.container.id, "SIGTERM")
                 until = time.monotonic() + grace
                 while self.status is None and time.monotonic() < until and not told.kill(0.05):
                     pass
-        for patience in (0.5, 2.0, 4.0):
+        for patience in (0.5, 2.0, 0.0):
             try:
                 if self.container is not None:
-                    self.container.remove(force=True, v=True)
+                    self.hurried.api.remove_container(self.container.id, force=True, v=True)
                 return
             except Exception as problem:
                 if getattr(problem, "status_code", None) == 404:
@@ -109,16 +123,25 @@ class Container:
         except Exception:
             return False
 
+    def end_log(self, seconds: float) -> None:
+        """Wait until all that the container said is in the log: the cause of an end is often its last words."""
+        if self.copier is not None:
+            self.copier.join(seconds)
+
     def _kill_processes(self) -> None:
-        """The first process of the container is its init: with it the kernel ends all others."""
-        if self.pid:
-            with contextlib.suppress(OSError):
+        """The first process of the container is its init: with it the kernel ends all others.
+
+        Only where the kernel says that it is this container's: the daemon may count in another PID namespace.
+        """
+        with contextlib.suppress(OSError):
+            if self.pid and self.container.id in Path(f"/proc/{self.pid}/cgroup").read_text():
                 os.kill(self.pid, signal.SIGKILL)
 
     def _copy(self, log: Iterator[bytes]) -> None:
         with contextlib.suppress(Exception):  # the daemon went away, or the container did
             for piece in log:
-                os.write(1, piece)
+                with contextlib.suppress(OSError):  # a full disk must not hold up the server
+                    os.write(1, piece)
 
     def _wait(self) -> None:
         try:
@@ -141,6 +164,8 @@ def guard(options: argparse.Namespace) -> int:
         container.start()
         while container.status is None and not container.lost and not told.stop(0.1):
             log.shorten()
+        if container.status is not None or container.lost:
+            container.end_log(5.0)
         if container.status and not told.words and not told.closed:
             container.look_for_daemon()
         if container.lost:
@@ -155,7 +180,7 @@ def guard(options: argparse.Namespace) -> int:
         return _say(f"the Docker daemon went away: {problem}")
     finally:
         container.end(options.grace, told)
-        time.sleep(0.05)
+        container.end_log(1.0)
     return container.status if container.status is not None else 0
 
 

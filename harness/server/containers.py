@@ -1,22 +1,21 @@
 """Containers as the place where servers run: a launch as for a process, told in the container's own paths and port."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from harness.cell import Cell, python
 from harness.models.recipe import PREFIX
+from harness.passed import passed
 from harness.server.container import GUARD_LABEL, PORT, identity
 from harness.server.launch import Launch, make_launch
 
 if TYPE_CHECKING:
     from harness.images import Built
 
-#: Variables of the harness's own environment that change how vLLM computes; all others stay outside.
-_PASSED = ("VLLM_", "HELIX_", "NCCL_", "TORCHDYNAMO_", "OMP_", "HF_HUB_OFFLINE", "FLASHINFER_")
-_HERE_ONLY = ("HELIX_CACHE", "HELIX_LEASES", "HELIX_VENV")
+
+_KEY = "VLLM_API_KEY"
 
 
 class NoDocker(ValueError):
@@ -72,8 +71,10 @@ class Containers:
             made.proof_dir.chmod(0o777)  # written by the container's user
             names[str(made.proof_dir)] = "/proof"
             mounts.append(f"{made.proof_dir}:/proof:rw")
-        env = {name: value for name, value in made.env if name.startswith(_PASSED) and name not in _HERE_ONLY}
-        env |= {**dict(cell.env), **({} if Path(made.model).is_dir() else {"HF_HUB_CACHE": "/models/hub"})}
+        env = passed(dict(made.env)) | {_KEY: made.api_key}
+        if not Path(made.model).is_dir():  # the cache is read-only: what is not in it is missing, and is not fetched
+            env |= {"HF_HUB_CACHE": "/models/hub", "HF_HUB_OFFLINE": "1"}
+        env |= dict(cell.env)
         options = ["--image", image, "--port", str(port)]
         for option, values in (("--mount", mounts), ("--gpu", gpus), ("--env", sorted(env))):
             options += [word for value in values for word in (option, value)]
@@ -129,17 +130,25 @@ def connect():
 
 
 def remove_orphans(client) -> list[str]:
-    """Remove containers whose guard is dead, which a guard killed by -9 leaves; returns their names."""
+    """Remove containers whose guard is dead, which a guard killed by -9 leaves; returns their names.
+
+    Another harness may clean up at the same time: what it removed is gone, and that is all that is wanted.
+    """
+    from docker.errors import APIError
+
     removed = []
-    for container in client.containers.list(all=True, filters={"label": GUARD_LABEL}):
-        if not _lives(container.labels[GUARD_LABEL]):
-            container.remove(force=True, v=True)
-            removed.append(container.name)
+    for container in client.containers.list(all=True, filters={"label": GUARD_LABEL}, ignore_removed=True):
+        if abandoned(container.labels[GUARD_LABEL]):
+            with contextlib.suppress(APIError):
+                container.remove(force=True, v=True)
+                removed.append(container.name)
     return removed
 
 
-def _lives(guard: str) -> bool:
-    try:
-        return identity(psutil.Process(int(guard.partition(":")[0]))) == guard
-    except (psutil.Error, ValueError):
-        return False
+def abandoned(guard: str) -> bool:
+    """Whether the process with this `identity` has ended. A guard of another host, container or boot is not judged."""
+    here = identity(os.getpid()).split(":")[:2]
+    boot, _, rest = guard.partition(":")
+    namespace, _, rest = rest.partition(":")
+    pid = rest.partition(":")[0]
+    return [boot, namespace] == here and pid.isdigit() and identity(int(pid)) != guard

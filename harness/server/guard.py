@@ -25,6 +25,8 @@ from typing import Protocol
 
 import psutil
 
+from harness.server.memory_kills import MemoryKills
+
 SHM = "/dev/shm/"
 #: Names that vLLM and multiprocessing give to shared memory; only such orphans are swept without having been seen.
 #: Not `sem.mp-`: glibc maps a semaphore under another name, so one in use elsewhere cannot be told from an orphan.
@@ -65,17 +67,27 @@ class Tree:
             time.sleep(0.02)
 
     def sweep(self) -> None:
-        """Remove the tree's shared memory, and orphans of the known names that are younger than the tree.
+        sweep(self.shared, self.born)
 
-        A file that any living process still maps belongs to someone else and stays.
-        """
-        living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
-        for path in Path(SHM).iterdir():
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= self.born - 1
-                if (str(path) in self.shared or orphan) and str(path) not in living:
-                    path.unlink()
+
+def scratch_prefix(guard: int) -> str:
+    """How the name of the temporary folder begins that the guard with this PID makes; short: vLLM puts unix sockets
+    there."""
+    return f"hx-{guard}-"
+
+
+def sweep(shared: set[str], born: float) -> None:
+    """Remove this shared memory, and orphans of the known names that are younger than `born` (seconds of the epoch).
+
+    A file that any living process still maps belongs to someone else and stays.
+    """
+    living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
+    for path in Path(SHM).iterdir():
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= born - 1
+            if (str(path) in shared or orphan) and str(path) not in living:
+                path.unlink()
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -134,27 +146,24 @@ def guard(start: Callable[[dict[str, str]], Process], grace: float) -> int:
     global _command_pid
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     tree = Tree()
-    scratch = tempfile.mkdtemp(prefix="hx-")  # short: vLLM puts unix sockets here
+    scratch = tempfile.mkdtemp(prefix=scratch_prefix(os.getpid()))
     told, log = Told(), Log()
     try:
         process = start(os.environ | {"TMPDIR": scratch})
         _command_pid = process.pid
-        looked, killed = 0.0, kills_for_memory()
+        looked, killed = 0.0, MemoryKills(process.pid)
         while process.poll() is None and not told.stop(0.1):
             reap()
             log.shorten()
+            killed.look()
             if time.monotonic() - looked > 1.0:
                 tree.look()
                 looked = time.monotonic()
         tree.look()
         if process.poll():
             time.sleep(0.05)
-            if kills_for_memory() > killed:
-                print(
-                    "guard: out of memory: the kernel killed a process of this host meanwhile",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if kill := killed.told():
+                print(f"guard: {kill}", file=sys.stderr, flush=True)
         if process.poll() is None:
             process.terminate()
             until = time.monotonic() + grace
@@ -170,12 +179,6 @@ def guard(start: Callable[[dict[str, str]], Process], grace: float) -> int:
         tree.kill()
         tree.sweep()
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def kills_for_memory(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """How many processes of this host the kernel has killed for want of memory, of the host or of a control group."""
-    fields = (line.split() for line in vmstat.read_text().splitlines())
-    return next((int(field[1]) for field in fields if field[0] == "oom_kill"), 0)
 
 
 class Log:

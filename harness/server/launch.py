@@ -11,12 +11,13 @@ from harness.cell import Cell, Mode, python
 from harness.frozen import Frozen
 from harness.models import ensure
 from harness.models.recipe import PREFIX
+from harness.redact import is_secret
 
 FORCED_DECODE = "helix_runtime.vllm_plugin.forced_decode:ForcedDecode"
 FORCED_DECODE_V2 = "helix_runtime.vllm_plugin.forced_decode_v2:ForcedDecodeV2"
 _V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-#: Environment variables that look like secrets do not reach a server.
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$|^KEY", re.IGNORECASE)
+#: A proxy may take a password, and a server may have to fetch its model through it.
+_PROXY = re.compile(r"^https?_proxy$", re.IGNORECASE)
 _HUB_TOKEN = "HF_TOKEN"
 _NOISE = ("PYTEST_CURRENT_TEST",)  # differs from test to test, which would make a warm process for each
 
@@ -89,9 +90,10 @@ def forced_decode(cell: Cell) -> str:
 
 def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
     """This process's environment without secrets, with the `helix` of this interpreter first on PATH."""
-    env = {name: value for name, value in os.environ.items() if name not in _NOISE and not _SECRET.search(name)}
-    if not offline and _HUB_TOKEN in os.environ:
-        env[_HUB_TOKEN] = os.environ[_HUB_TOKEN]
+    env = {name: value for name, value in os.environ.items() if name not in _NOISE and not is_secret(name, value)}
+    if not offline:
+        kept = (name for name in os.environ if name == _HUB_TOKEN or _PROXY.match(name))
+        env |= {name: os.environ[name] for name in kept}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
     env |= {"VLLM_API_KEY": api_key, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
     if offline:

@@ -96,7 +96,7 @@ def explain(text: str, status: int | None) -> Failure:
     for cause, pattern in _CAUSES:
         if found := [line.strip() for line in text.splitlines() if pattern.search(line)]:
             return Failure(cause=cause, reason=found[-1][:_LINE], log_tail=tail(text))
-    if status == 137:
+    if status in (137, -9):  # of the server, or of its guard
         reason = "SIGKILL (137) from outside, and not for want of memory"
         return Failure(cause=Cause.KILLED, reason=reason, log_tail=tail(text))
     roots = [error for error in errors if not any(wrapper in error for wrapper in _WRAPPERS)] or errors

@@ -14,9 +14,11 @@ import httpx
 
 from harness.cell import Cell
 from harness.frozen import Frozen
+from harness.redact import hide_in_file
 from harness.server import warm
 from harness.server.launch import Launch, make_launch
 from harness.server.log import Cause, Failure, explain, kv_cache_tokens, read_log, tail
+from harness.server.strays import end_strays
 
 
 class Limits(Frozen):
@@ -55,6 +57,7 @@ class Server:
         self.limits = limits or Limits()
         self.cancel = cancel or threading.Event()
         self.lease = lease
+        self._born = time.time()
         self._guard: subprocess.Popen | warm.WarmGuard | None = None
         self._lock = threading.Lock()
 
@@ -129,6 +132,9 @@ class Server:
         except subprocess.TimeoutExpired:
             guard.kill()
             guard.wait()
+        if guard.returncode < 0:  # killed before its work was done
+            end_strays(guard.pid, self.launch.api_key, self._born)
+        hide_in_file(self.log, (self.launch.api_key,))
         with self._lock, contextlib.suppress(BrokenPipeError):
             guard.stdin.close()
 
@@ -185,9 +191,14 @@ class Server:
             reason = f"no first token: HTTP {reply.status_code} {reply.text[:300]}; without the key HTTP {turned_away}"
             raise ServerFailed(Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(read_log(self.log))))
 
-    def _settle(self, seconds: float = 3.0) -> None:
+    @property
+    def settling(self) -> float:
+        """Seconds in which the end of a dying server is known. A container's is told by its daemon and looked into."""
+        return 12.0 if self.launch.guard[0] == "harness.server.container" else 3.0
+
+    def _settle(self) -> None:
         """Give a dying server a moment to die, so that its log, not the broken connection, gives the cause."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self.settling
         while time.monotonic() < until:
             self.check()
             time.sleep(0.05)

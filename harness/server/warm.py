@@ -35,18 +35,18 @@ SET_LATER = ("TMPDIR", "VLLM_API_KEY")
 PRELOAD = ("vllm.entrypoints.launchers.api_server.entry",)
 #: So many warm processes are kept, of half a gigabyte each: stock and Helix, eager and compiled.
 KEPT = 4
-_LOST = 128 + signal.SIGKILL  # of a guard that ended without a word
+_LOST = -signal.SIGKILL  # of a guard that ended without a word, which only that does
 _MOST = 1 << 20  # bytes of a request
 
 
 class WarmGuard:
-    """A forked guard, with what `subprocess.Popen` has of one: `stdin`, `poll`, `wait`, `kill`, `pid`."""
+    """A forked guard, with what `subprocess.Popen` has of one: `stdin`, `poll`, `wait`, `kill`, `pid`, `returncode`."""
 
     def __init__(self, pid: int, stdin: BinaryIO, status: int):
         self.pid = pid
         self.stdin = stdin
         self._status = status
-        self._ended: int | None = None
+        self.returncode: int | None = None
         self._handle = _handle(pid)
 
     def poll(self) -> int | None:
@@ -61,18 +61,18 @@ class WarmGuard:
         return ended
 
     def kill(self) -> None:
-        if self._handle is not None and self._ended is None:
+        if self._handle is not None and self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     def _wait(self, timeout: float | None) -> int | None:
-        if self._ended is None and select.select([self._status], [], [], timeout)[0]:
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             told = os.read(self._status, 16)
-            self._ended = int(told) if told else _LOST
+            self.returncode = int(told) if told else _LOST
             os.close(self._status)
             if self._handle is not None:
                 os.close(self._handle)
-        return self._ended
+        return self.returncode
 
 
 def _handle(pid: int) -> int | None:

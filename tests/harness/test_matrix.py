@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from harness import matrix
 from harness.cell import Mode
 from harness.hardware import Hardware
 from harness.matrix import PlanError, baseline_of, cells_of, expand, select
@@ -54,6 +55,22 @@ def test_lists_are_axes_and_are_crossed():
         for interleave in [1, 16]
         for comm in ["a2a", "ag_rs"]
     ]
+
+
+def test_a_baseline_that_many_share_is_planned_once(monkeypatch):
+    """What `--list` of ten thousand cells takes is a few steps a cell: each cell and baseline asks for its own once."""
+    asked = []
+
+    def counted(cell):
+        asked.append(cell)
+        return baseline_of(cell)
+
+    monkeypatch.setattr(matrix, "baseline_of", counted)
+    many = suite(serve={"seed": list(range(50))}, interleave=[1, 16])
+    plan = expand([many, suite("other", serve={"seed": 1}, interleave=[1, 16])], [CPU])
+    assert len(plan) == 100 + 2 * 50  # two cells a seed, which share standard TP4 and that one's TP1
+    assert len(asked) == (100 + 2 * 50) + (2 + 2)
+    assert {item.suites for item in plan if dict(item.cell.serve)["seed"] == 1} == {("mine", "other")}
 
 
 def test_serve_options_are_axes_and_come_after_the_defaults():
@@ -197,13 +214,13 @@ def test_selection_takes_baselines_along():
 
 def test_no_two_cells_share_an_id():
     with pytest.raises(SuiteError, match="more than 20000 cells"):
-        expand([suite(serve={"a": list(range(150)), "b": list(range(150))})], [CPU])
+        expand([suite(serve={"x": list(range(150)), "y": list(range(150))})], [CPU])
     plan = expand([suite(serve={"max-model-len": [2048, 4096], "seed": [0, 1]})], [CPU])
     assert len({item.cell.id for item in plan}) == len(plan) == 12
 
 
 def test_ten_thousand_cells_expand():
-    plan = expand([suite(serve={"a": list(range(100)), "b": list(range(50))})], [CPU])
+    plan = expand([suite(serve={"x": list(range(100)), "y": list(range(50))})], [CPU])
     assert len(plan) == 15_000  # 5,000 cells, each with a baseline and a TP1 reference of its own
     assert [item.cell.tp for item in plan] == [1, 4, 4] * 5_000
     assert not any(item.baseline for item in plan[0::3])

@@ -11,7 +11,9 @@ from test_runner import BASE, HELIX, OTHER, Table, failed, good, planned, transc
 from harness import runner
 from harness.ledger import Ledger, LedgerBusy, clock_jumps, read, results
 from harness.oracle.bands import Bands
-from harness.redact import hide_secrets
+from harness.passed import computing
+from harness.redact import hide_in_file, hide_secrets
+from harness.resume import Setting
 from harness.runner import folder_name, run
 from harness.server.log import Cause
 from harness.verdict import Verdict
@@ -302,3 +304,47 @@ def test_secrets_reach_no_ledger(tmp_path, monkeypatch):
     assert hide_secrets("--max-num-batched-tokens=64 key=5 Bearer abcdefghijkl") == (
         "--max-num-batched-tokens=64 key=5 Bearer ***"
     )
+
+
+def test_passwords_in_urls_and_tokens_of_forges_are_hidden(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:pw-of-database@db/x")
+    told = hide_secrets("at postgres://you:else@h/y, pw-of-database, github_pat_0123456789abcdefghijAB GH_PAT=abc12345")
+    assert told == "at postgres://you:***@h/y, ***, *** GH_PAT=***"
+    assert hide_secrets("http://127.0.0.1:8000/v1 a@b.c") == "http://127.0.0.1:8000/v1 a@b.c"
+
+
+def test_secrets_are_blotted_out_of_a_file_in_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "s3cr3t-value-of-mine")
+    path = tmp_path / "server.log"
+    with path.open("wb") as file:
+        file.write("ö s3cr3t-value-of-mine, key-of-run\n".encode())
+        file.seek(2**24)  # a hole, as a shortened log has
+        file.write(b"Bearer abcdefghijkl\n")
+    blocks = path.stat().st_blocks
+    hide_in_file(path, ("key-of-run",))
+    data = path.read_bytes()
+    assert data.startswith("ö ********************, **********\n".encode())
+    assert data.endswith(b"Bearer ************\n") and len(data) == 2**24 + 20
+    assert path.stat().st_blocks <= blocks + 8
+    hide_in_file(tmp_path / "none")  # nothing to do
+
+
+def test_hostile_text_is_searched_in_bounded_time(tmp_path):
+    """Each of these took time by the square of its length where a pattern had no bound; a secret on a seam is found."""
+    path = tmp_path / "server.log"
+    seam = b"x" * (2**20 - 10) + b" Bearer abcdefghijkl "
+    path.write_bytes(seam + b"-" * 2**21 + b"a." * 2**20 + b"_" * 2**20)
+    hide_in_file(path)
+    assert b"abcdefgh" not in path.read_bytes() and path.stat().st_size == len(seam) + 2**22 + 2**20
+
+
+def test_the_environment_that_servers_compute_by_is_part_of_the_key():
+    environment = {
+        "VLLM_USE_V2_MODEL_RUNNER": "0", "NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HOME": "/root",
+        "HELIX_CACHE": "/c", "HELIX_LEASES": "/l", "VLLM_API_KEY": "k", "FLASHINFER_X": "1", "TORCHDYNAMO_DISABLE": "1",
+    }  # fmt: skip
+    found = computing(environment)
+    assert [name for name, _ in found] == [
+        "CUBLAS_WORKSPACE_CONFIG", "FLASHINFER_X", "NCCL_ALGO", "TORCHDYNAMO_DISABLE", "VLLM_USE_V2_MODEL_RUNNER",
+    ]  # fmt: skip
+    assert Setting(versions=(), hardware=()).key != Setting(versions=(), hardware=(), environment=found).key

@@ -81,6 +81,9 @@ class Table:
             raise answer
         return answer
 
+    def give_back(self) -> None:
+        pass
+
     def end_all(self) -> None:
         self.killed = True
 

@@ -262,9 +262,18 @@ def test_a_baseline_launch_holds_nothing_of_ours(tmp_path, monkeypatch):
 
 
 def test_secrets_do_not_reach_a_server(monkeypatch):
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD", "OPENAI_API_KEY"):
-        monkeypatch.setenv(name, "secret")
+    names = (
+        "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SOME_PASSWORD", "OPENAI_API_KEY", "OPENAI_APIKEY", "GH_PAT", "MY_AUTH",
+    )  # fmt: skip
+    for name in names:
+        monkeypatch.setenv(name, "hush")
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:hush@db/x")
+    monkeypatch.setenv("https_proxy", "http://me:hush@proxy:80")
+    for name in ("TOKENIZERS_PARALLELISM", "GIT_AUTHOR_NAME"):
+        monkeypatch.setenv(name, "kept")
     env = environment(cell(), "ours", offline=True)
-    assert "secret" not in env.values()
+    assert [name for name, value in env.items() if "hush" in value] == []
     assert env["VLLM_API_KEY"] == "ours" and env["HF_HUB_OFFLINE"] == "1"
-    assert environment(cell(), "ours", offline=False)["HF_TOKEN"] == "secret"
+    assert env["TOKENIZERS_PARALLELISM"] == env["GIT_AUTHOR_NAME"] == "kept"
+    fetching = environment(cell(), "ours", offline=False)
+    assert {name for name, value in fetching.items() if "hush" in value} == {"HF_TOKEN", "https_proxy"}

@@ -70,6 +70,17 @@ def test_one_value_is_an_axis_of_one(write):
         ("[1, 16]", "[]", 13, "groups[0].interleave", "at least 1 item"),
         ("[1, 16]", "[1, true]", 13, "groups[0].interleave[1]", "True"),
         ("seed: 0", "port: 80", 14, "groups[0].serve", "the harness sets it"),
+        ("seed: 0", "api-key: abc", 14, "groups[0].serve", "the harness sets it"),
+        ("seed: 0", "config: /etc/passwd", 14, "groups[0].serve", "the harness sets it"),
+        ("seed: 0", "uds: /tmp/x", 14, "groups[0].serve", "the harness sets it"),
+        ("seed: 0", "ssl-keyfile: /tmp/x", 14, "groups[0].serve", "the harness sets it"),
+        ("seed: 0", "served_model_name: x", 14, "groups[0].serve", "is written 'served-model-name'"),
+        ("seed: 0", "trust_remote_code: true", 14, "groups[0].serve", "is written 'trust-remote-code'"),
+        ("seed: 0", "trust-remote: true", 14, "groups[0].serve", "would read it as 'trust-remote-code'"),
+        ("seed: 0", "served-model: x", 14, "groups[0].serve", "would read it as 'served-model-name'"),
+        ("dtype: float32", "api_key: abc", 5, "defaults.cpu", "is written 'api-key'"),
+        ("recipe:llama-k4", "../main", 11, "groups[0].model", "should match pattern"),
+        ("recipe:llama-k4", "org/.hidden", 11, "groups[0].model", "should match pattern"),
         ("seed: 0", "tensor-parallel-size: 2", 14, "groups[0].serve", "use 'layout'"),
         ("seed: 0", "seed: 2024-01-01", 14, "groups[0].serve.seed", "allowed: text, a number"),
         ("interleave: [1, 16]", "expect: fail\n    why: x", 13, "groups[0].expect", "may declare pass, xfail"),
@@ -97,6 +108,12 @@ def test_mistakes_are_reported_with_line_and_field(write, old, new, line, field,
     assert match, [str(problem) for problem in found]
     assert says in match[0].message
     assert str(match[0]).startswith(f"{path}:{line}: ")
+
+
+def test_an_option_of_a_dotted_kind_keeps_its_inner_name(write):
+    """vLLM reads `a_b.c_d` as `a-b.c_d`: only the name of the option itself is respelled."""
+    suite = load(write(GOOD.replace("seed: 0", "compilation-config.cudagraph_mode: NONE")))
+    assert suite.groups[0].serve["compilation-config.cudagraph_mode"] == ("NONE",)
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once(write):
