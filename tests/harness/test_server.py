@@ -143,7 +143,7 @@ def test_out_of_memory_is_named(port, tmp_path):
 
 
 def test_a_silent_server_meets_its_deadline(port, tmp_path):
-    failure = failure_of(server("silent", port, tmp_path, start=0.5))
+    failure = failure_of(server("silent", port, tmp_path, start=4))
     assert failure.cause is Cause.TIMEOUT
     assert gone(int(logged(tmp_path, r"stub (\d+)")))
 
