@@ -1,5 +1,6 @@
 """What the page says of one cell, worked out before the template sees it."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from markupsafe import Markup
 
 from harness.report import drawing
 from harness.report.measured import Measured, measured
+from harness.report.naming import Name, name_of
 from harness.report.past import CellPast
 from harness.report.proofs import Proof, proof_of
 from harness.report.run import Try
@@ -20,8 +22,14 @@ from harness.result import CellResult, Statistic
 from harness.verdict import TABLE, Effect
 
 _LOG_LINES = 12
+#: Statistics that stand beside the curve; the others are one click away.
+_NEAR = 10
 #: A whole log travels inside the page up to this size, compressed; a longer one is linked.
 _LOG_BYTES = 9_000
+
+
+#: name, value, interval, bound, n, drawing, note
+StatisticLine = tuple[str, str, str, str, str, Markup, str]
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,13 @@ class Row:
     kind: str
     column: str
     anchor: str
-    options: list[str]
-    notes: list[str]
+    name: Name
     differs: bool
     severity: int
     kv_ratio: float | None
     seconds: float | None
     nearness: float | None
     past: CellPast | None
-
-    @property
-    def place(self) -> str:
-        """The square that it is in."""
-        cell = self.result.cell
-        return f"{cell.backend} · {self.column} · {cell.hardware}"
 
     @cached_property
     def facets(self) -> dict[str, tuple[str, ...]]:
@@ -85,7 +86,8 @@ class Body:
     command: str
     facts: list[tuple[str, str]]
     proof: Proof | None
-    statistics: list[tuple[str, str, str, str, str, Markup, str]]  # name, value, interval, bound, n, drawing, note
+    near: list[StatisticLine]  # the statistics nearest to their bound, the nearest first
+    further: list[StatisticLine]  # the others, those without a bound last
     curve: Markup
     plot: Markup
     differences: list[SideBySide]
@@ -106,16 +108,20 @@ def row_of(
     number: int, result: CellResult, kind: str, severity: int, baseline: CellResult | None, past: CellPast | None
 ) -> Row:
     """`baseline` is the result that `result.baseline_id` names, where this run has it."""
-    options, notes = _options(result)
+    cell, column = result.cell, column_of(result.cell)
+    tpa = cell.tpa if cell.kvp > 0 else None
+    name = name_of(
+        cell.id, column, cell.backend, cell.hardware, cell.model, cell.tp, cell.kvp, tpa, cell.comm, cell.interleave,
+        cell.fault,
+    )  # fmt: skip
     tokens = baseline.kv_cache_tokens if baseline else None
     return Row(
         number=number,
         result=result,
         kind=kind,
-        column=column_of(result.cell),
-        anchor=fragment(cell=result.cell.id),
-        options=options,
-        notes=notes,
+        column=column,
+        anchor=fragment(cell=cell.id),
+        name=name,
         differs=result.effect is Effect.DIFFERS,
         severity=severity,
         kv_ratio=result.kv_cache_tokens / tokens if result.kv_cache_tokens and tokens else None,
@@ -143,6 +149,7 @@ def body_of(
     result = row.result
     text, link = _log(result, log, run_dir)
     lines = clean(text).rstrip().splitlines()
+    near, further = _by_nearness(result.statistics)
     whole = whole_log or len(lines) <= _LOG_LINES
     return Body(
         result=result,
@@ -151,7 +158,8 @@ def body_of(
         command=result.command or result.cell.shown(),
         facts=_facts(result, image, code),
         proof=proof_of(result.proof),
-        statistics=[_statistic(one) for one in result.statistics],
+        near=[_statistic(one) for one in near],
+        further=[_statistic(one) for one in further],
         curve=drawing.curve(result.curve),
         plot=drawing.gaps(result.differences),
         differences=side_by_side(result.differences),
@@ -195,27 +203,28 @@ def _log(result: CellResult, log: Path | None, run_dir: Path | None) -> tuple[st
     return (text, link) if len(packed(text)) <= _LOG_BYTES else (result.log_tail, link)
 
 
-def _statistic(one: Statistic) -> tuple[str, str, str, str, str, Markup, str]:
+def _by_nearness(statistics: tuple[Statistic, ...]) -> tuple[list[Statistic], list[Statistic]]:
+    """The few nearest to their bound, with all beyond it, and the others; a value that is no number comes first."""
+
+    def share(one: Statistic) -> float:
+        if one.bound is None:
+            return -math.inf
+        found = nearness([one])
+        return math.inf if found is None else found
+
+    ranked = sorted(statistics, key=lambda one: -share(one))
+    shown = max(_NEAR, sum(share(one) > 1 for one in ranked))
+    bounded = [one for one in ranked if one.bound is not None]
+    return bounded[:shown], [*bounded[shown:], *(one for one in ranked if one.bound is None)]
+
+
+def _statistic(one: Statistic) -> StatisticLine:
     def shown(value: float) -> str:
         return f"{number(value)} {one.unit}".strip()
 
     interval = f"{number(one.low)} to {number(one.high)}" if one.low is not None and one.high is not None else ""
     bound = "none" if one.bound is None else shown(one.bound)
     return one.name, shown(one.value), interval, bound, f"{one.n:,}", drawing.against_bound(one), one.note
-
-
-def _options(result: CellResult) -> tuple[list[str], list[str]]:
-    """What tells this cell from its neighbours of the same square: the layout, and the options in its id."""
-    cell = result.cell
-    options = [f"TP {cell.tp}"]
-    if cell.kvp != 1:
-        options += [f"KVP {cell.kvp}", f"TPA {cell.tpa}"] if cell.kvp > 0 else [f"KVP {cell.kvp}"]
-        options += [cell.comm] if cell.comm else []
-        options += [f"interleave {cell.interleave}"]
-    shown = set(cell.id.split("/"))
-    notes = [f"{name}={value}" for name, value in (*cell.serve, *cell.helix) if f"{name}={value}" in shown]
-    notes += [f"workload={cell.workload}"] if cell.workload != "standard" else []
-    return options, notes + ([f"planted defect: {cell.fault}"] if cell.fault else [])
 
 
 def _facts(result: CellResult, image: str, code: str) -> list[tuple[str, str]]:

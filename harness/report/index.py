@@ -6,7 +6,8 @@ from urllib.parse import quote
 from harness import ledger
 from harness.frozen import Frozen
 from harness.report.history import History, Track, find_runs, tracks
-from harness.report.page import headline, lede
+from harness.report.naming import Name
+from harness.report.page import headline, lede, tally
 from harness.report.run import Run, load
 from harness.report.template import asset, environment, script_hash
 from harness.report.text import clean, fragment, legal
@@ -42,9 +43,11 @@ class Changed(Frozen):
     """A cell whose verdict changed, or that is bad now, over the grid's runs; None: the run had no such cell."""
 
     id: str
+    name: Name
     marks: tuple[Mark | None, ...]
     first_bad: str
     last_good: str
+    gone: str  # the run that first found a known limitation gone
 
 
 def index(reports_dir: Path) -> Path:
@@ -80,7 +83,6 @@ def _lines(folder: Path, root: Path) -> list[Line]:
 
 def _line(run_dir: Path, root: Path) -> Line:
     run: Run = load(run_dir)
-    counts = {verdict: sum(result.verdict is verdict for result in run.results) for verdict in Verdict}
     return Line(
         name=run_dir.name,
         href=_href(run_dir, root),
@@ -88,7 +90,7 @@ def _line(run_dir: Path, root: Path) -> Line:
         hardware=run.hardware,
         headline=headline(run),
         lede=lede(run),
-        counts=tuple((verdict, count) for verdict, count in counts.items() if count),
+        counts=tuple(tally(run)),
         exit_status=run.exit_status if run.results else None,
         left_out=len(run.left_out) + len(run.unfinished),
     )
@@ -111,7 +113,7 @@ def _href(run_dir: Path, root: Path) -> str:
 def _grid(found: History, hrefs: list[str]) -> list[Changed]:
     """The cells whose verdict changed, or that are bad now; those that are bad first."""
     first = max(0, len(found.runs) - _COLUMNS)
-    chosen = [track for track in found.tracks.values() if track.changed or track.first_bad is not None]
+    chosen = [track for track in found.tracks.values() if track.news]
     return [_changed(track, found, hrefs, first) for track in chosen] if len(found.runs) > 1 else []
 
 
@@ -130,7 +132,9 @@ def _changed(track: Track, found: History, hrefs: list[str], first: int) -> Chan
 
     return Changed(
         id=track.id,
+        name=track.name,
         marks=tuple(mark(place) for place in range(first, len(found.runs))),
         first_bad=named(track.first_bad),
         last_good=named(track.last_good),
+        gone=named(track.gone),
     )

@@ -51,6 +51,11 @@ def test_a_fallback_is_caught_by_its_proof():
     assert made.caught and made.statistic == PROOF
 
 
+def test_where_it_is_declared_xfail_a_statistic_beyond_its_bound_has_caught_it():
+    assert row(result(Verdict.XFAIL, declared=Verdict.XFAIL)).caught
+    assert not row(result(Verdict.XFAIL, (FINE,), declared=Verdict.XFAIL)).caught
+
+
 def run_of(folder, *made: CellResult):
     ledger = Ledger(folder)
     for item in made:

@@ -24,7 +24,10 @@ def test_first_bad_and_last_good(tmp_path):
     assert told("fail") == (["pass", "fail", "fail"], 0, 1, True)
     # an error in between is neither good nor bad
     assert told("unproven") == (["pass", "error", "unproven"], 0, 2, True)
-    assert told("xpass") == (["xfail", "xfail", "xpass"], 1, 2, True)
+    # a limitation that is gone is news, and nothing bad
+    assert told("xpass") == (["xfail", "xfail", "xpass"], 1, None, True)
+    assert found.tracks[BY_VERDICT["xpass"]].gone == 2 and found.tracks[BY_VERDICT["fail"]].gone is None
+    assert next(iter(found.tracks)) == BY_VERDICT["xpass"]  # it comes first
     assert told("error") == (["pass", "pass", "error"], 1, None, False)
     assert told("skip") == (["skip", "skip", "skip"], None, None, False)
     healed = found.tracks[examples.results()[8].cell.id]
@@ -106,4 +109,5 @@ def test_the_index_lists_evidence_of_every_kind_and_what_changed(tmp_path):
     assert "nothing-in-it" not in committed
     assert local.index(examples.NAME) < local.index("2026-11-22-smoke") < local.index("2026-11-21-smoke")
     grid = local.partition("Cells whose verdict changed")[2]
+    assert '<tr class="gone">' in grid and "XPASS: limitation gone" in grid
     assert "FLASH_ATTN" in grid and "2026-11-22-smoke<br>" in grid and "good: 2026-11-21-smoke" in grid
