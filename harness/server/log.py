@@ -125,7 +125,7 @@ def explain(text: str, status: int | None) -> Failure:
 
 
 def _where(lines: list[str], root: int) -> str:
-    """` in FILE, line N, FUNCTION: SOURCE`, from the traceback that the error in line `root` ends; empty without one."""
+    """` in FILE, line N, FUNCTION: SOURCE`, from the traceback that line `root` ends; empty without one."""
     process = _SOURCE.match(lines[root])[1]
     source = ""
     for line in reversed(lines[:root]):
