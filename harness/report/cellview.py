@@ -1,6 +1,5 @@
 """What the page says of one cell, worked out before the template sees it."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from harness.report import drawing
+from harness.report.bounds import Lines, by_nearness
 from harness.report.measured import Measured, measured
 from harness.report.naming import Name, name_of
 from harness.report.past import CellPast
@@ -17,19 +17,13 @@ from harness.report.run import Try
 from harness.report.sidebyside import SideBySide, side_by_side
 from harness.report.square import column_of
 from harness.report.table import nearness
-from harness.report.text import clean, fragment, number, packed, rerun, seconds
-from harness.result import CellResult, Statistic
+from harness.report.text import clean, definitions, escaped, fragment, packed, rerun, seconds
+from harness.result import CellResult
 from harness.verdict import TABLE, Effect
 
 _LOG_LINES = 12
-#: Statistics that stand beside the curve; the others are one click away.
-_NEAR = 10
 #: A whole log travels inside the page up to this size, compressed; a longer one is linked.
 _LOG_BYTES = 9_000
-
-
-#: name, value, interval, bound, n, drawing, note
-StatisticLine = tuple[str, str, str, str, str, Markup, str]
 
 
 @dataclass(frozen=True)
@@ -70,6 +64,13 @@ class Row:
         }
 
     @property
+    def attributes(self) -> Markup:
+        """The facets and the cell's id, as the page's script reads them."""
+        told = escaped([self.result.cell.id, *("\n".join(values) for values in self.facets.values())])
+        names = ("id", *self.facets)
+        return Markup("".join(f' data-{name}="{value}"' for name, value in zip(names, told, strict=True)))
+
+    @property
     def order(self) -> str:
         """Numbers to sort by: severity, KV ratio, nearness, seconds; empty where there is none."""
         values = (self.severity, self.kv_ratio, self.nearness, self.seconds)
@@ -84,10 +85,10 @@ class Body:
     meaning: str
     rerun: str
     command: str
-    facts: list[tuple[str, str]]
+    facts: Markup  # of a definition list
     proof: Proof | None
-    near: list[StatisticLine]  # the statistics nearest to their bound, the nearest first
-    further: list[StatisticLine]  # the others, those without a bound last
+    near: Lines  # the statistics nearest to their bound
+    further: Lines  # the others
     curve: Markup
     plot: Markup
     differences: list[SideBySide]
@@ -149,17 +150,17 @@ def body_of(
     result = row.result
     text, link = _log(result, log, run_dir)
     lines = clean(text).rstrip().splitlines()
-    near, further = _by_nearness(result.statistics)
+    near, further = by_nearness(result.statistics)
     whole = whole_log or len(lines) <= _LOG_LINES
     return Body(
         result=result,
         meaning=TABLE[result.verdict].sentence,
         rerun=rerun(result.cell.id),
         command=result.command or result.cell.shown(),
-        facts=_facts(result, image, code),
+        facts=definitions(_facts(result, image, code)),
         proof=proof_of(result.proof),
-        near=[_statistic(one) for one in near],
-        further=[_statistic(one) for one in further],
+        near=near,
+        further=further,
         curve=drawing.curve(result.curve),
         plot=drawing.gaps(result.differences),
         differences=side_by_side(result.differences),
@@ -201,30 +202,6 @@ def _log(result: CellResult, log: Path | None, run_dir: Path | None) -> tuple[st
     except OSError:
         return result.log_tail, ""
     return (text, link) if len(packed(text)) <= _LOG_BYTES else (result.log_tail, link)
-
-
-def _by_nearness(statistics: tuple[Statistic, ...]) -> tuple[list[Statistic], list[Statistic]]:
-    """The few nearest to their bound, with all beyond it, and the others; a value that is no number comes first."""
-
-    def share(one: Statistic) -> float:
-        if one.bound is None:
-            return -math.inf
-        found = nearness([one])
-        return math.inf if found is None else found
-
-    ranked = sorted(statistics, key=lambda one: -share(one))
-    shown = max(_NEAR, sum(share(one) > 1 for one in ranked))
-    bounded = [one for one in ranked if one.bound is not None]
-    return bounded[:shown], [*bounded[shown:], *(one for one in ranked if one.bound is None)]
-
-
-def _statistic(one: Statistic) -> StatisticLine:
-    def shown(value: float) -> str:
-        return f"{number(value)} {one.unit}".strip()
-
-    interval = f"{number(one.low)} to {number(one.high)}" if one.low is not None and one.high is not None else ""
-    bound = "none" if one.bound is None else shown(one.bound)
-    return one.name, shown(one.value), interval, bound, f"{one.n:,}", drawing.against_bound(one), one.note
 
 
 def _facts(result: CellResult, image: str, code: str) -> list[tuple[str, str]]:
