@@ -97,11 +97,26 @@ def _line(run_dir: Path, root: Path) -> Line:
 
 
 def _other(folder: Path, root: Path) -> Line:
-    """Evidence without a ledger, by the heading of its README."""
+    """Evidence without a ledger of its own, by the heading of its README, with the runs that lie in it counted as one:
+    a cell that several of them have counts as the latest says."""
     text = (folder / "README.md").read_text(errors="replace")
     title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
     href = quote((folder / "README.md").relative_to(root).as_posix())
-    return Line(name=folder.name, href=href, headline=clean(title))
+    runs = sorted(
+        (load(path) for path in folder.iterdir() if ledger.find(path).is_file()),
+        key=lambda run: (run.started, run.name),
+    )
+    latest = {result.cell.id: result for run in runs for result in run.results}
+    whole = Run(name=folder.name, results=tuple(latest.values()))
+    return Line(
+        name=folder.name,
+        href=href,
+        started=runs[0].started if runs else "",
+        hardware=tuple(dict.fromkeys(name for run in runs for name in run.hardware)),
+        headline=clean(title),
+        counts=tuple(tally(whole)),
+        exit_status=whole.exit_status if latest else None,
+    )
 
 
 def _href(run_dir: Path, root: Path) -> str:

@@ -79,6 +79,41 @@ def test_keyboard_alone_reaches_and_opens_a_cell(visit, run_dir):
     expect(page.locator("details.cell[open]")).to_have_count(1)
 
 
+def test_tab_and_enter_lead_from_a_square_to_its_cells(visit, run_dir):
+    page = visit(run_dir)
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('a.square.v-fail')"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("output")).to_have_text("2 of 32 cells")
+    expect(page.locator("details.cell:visible").first).to_be_in_viewport()
+
+
+def test_copy_takes_the_whole_line_and_says_so(visit, run_dir):
+    page = visit(run_dir, fragment(cell=FAILED))
+    button = page.get_by_role("button", name="Copy the line that runs the cell again")
+    button.click()
+    expect(page.locator("details.cell[open] .copy").first).to_have_text(re.compile("Copied|Selected"))
+    assert page.evaluate("getSelection().toString()").strip() == f"./test_helix.sh --cell {FAILED}"
+
+
+def test_a_cell_tells_its_command_versions_image_and_proof_of_every_rank(visit, run_dir):
+    body = visit(run_dir, fragment(cell=FAILED)).locator("details.cell[open] .body")
+    command = body.locator("pre").nth(1).inner_text()
+    assert command.startswith("vllm serve nvidia/Llama-3.1-Nemotron-Nano-8B-v1 --tensor-parallel-size 8")
+    assert "--decode-context-parallel-size 2 --helix-mode --attention-backend FLASH_ATTN" in command
+    facts = body.locator("dl.facts").last.inner_text().split("\n")
+    for name, value in (("vllm", "0.32.0"), ("torch", "2.13.0"), ("helix", "0.1.0+g04d67aa"), ("python", "3.11.7")):
+        assert any(name in line and value in line for line in facts), name
+    expect(body.get_by_text("none: processes of the host")).to_be_visible()
+    rows = body.locator(".proof tbody tr").evaluate_all("rows => rows.map((row) => row.innerText.split('\\t'))")
+    # rank, TPA rank, KVP rank, its exchange group: KVP ranks are consecutive
+    assert [row[:4] for row in rows] == [
+        [str(rank), str(rank // 2), str(rank % 2), f"{rank // 2 * 2}, {rank // 2 * 2 + 1}"] for rank in range(8)
+    ]
+
+
 def test_hostile_text_is_text(visit, hostile_dir):
     page = visit(hostile_dir, fragment(cell=examples.hostile().cell.id))
     expect(page.locator("details.cell[open]")).to_have_count(1)

@@ -7,6 +7,7 @@ import shlex
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import examples
 import pandas as pd
@@ -16,6 +17,7 @@ from harness import report
 from harness.report import badge, machine, text
 from harness.report.measured import measured
 from harness.report.run import Run
+from harness.suite import ROOT
 from harness.verdict import Effect
 
 
@@ -223,6 +225,16 @@ def test_parquet_holds_the_frame(run_dir):
     pd.testing.assert_frame_equal(
         pd.read_parquet(run_dir / "results.parquet"), report.frame(run_dir), check_dtype=False
     )
+
+
+def test_the_documented_notebook_runs(monkeypatch):
+    """The snippets of docs/report.md, as they stand there, over the committed evidence."""
+    monkeypatch.chdir(ROOT)
+    (snippet,) = re.findall(r"```python\n(.*?)```", Path("docs/report.md").read_text(), re.DOTALL)
+    found = {}
+    exec(compile(snippet, "docs/report.md", "exec"), found)
+    assert len(found["cells"]) == len(json.loads(Path("reports/2026-11-24-cpu/results.json").read_text())["cells"])
+    assert set(found["runs"]["run"]) >= {"2026-11-24-cpu", "2026-11-24-h200"}
 
 
 def test_the_page_names_nothing_to_load(run_dir):
