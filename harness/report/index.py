@@ -1,5 +1,6 @@
 """The index over runs: `reports/index.html`, over committed evidence and local runs."""
 
+from itertools import compress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -58,11 +59,15 @@ def index(reports_dir: Path) -> Path:
     found = tracks(find_runs(reports_dir))
     hrefs = [_href(run.folder, reports_dir) for run in found.runs]
     grid = _grid(found, hrefs)
+    columns = list(zip([run.name for run in found.runs], hrefs, strict=True))[-_COLUMNS:]
+    told = [any(row.marks[place] for row in grid[:_ROWS]) for place in range(len(columns))]
+    rows = [row.model_copy(update={"marks": tuple(compress(row.marks, told))}) for row in grid[:_ROWS]]
     script = asset("index.js")
     text = environment().get_template("index.html.j2").render(
         sections=sections,
-        runs=[(run.name, href) for run, href in zip(found.runs, hrefs, strict=True)][-_COLUMNS:],
-        grid=grid[:_ROWS],
+        count=len(found.runs),
+        runs=list(compress(columns, told)),  # those that have one of these cells
+        grid=rows,
         more=max(0, len(grid) - _ROWS),
         script=script,
         script_hash=script_hash(script),
