@@ -78,7 +78,7 @@ def row(result: CellResult) -> Row:
     parts = [f"TP{cell.tp}/DCP{cell.kvp}", f"i{cell.interleave}", cell.comm or "", _served(result)]
     common = {
         "fault": cell.fault, "cell": cell.id, "mode": str(cell.mode), "layout": " ".join(filter(None, parts)),
-        "verdict": result.verdict, "declared": result.declared, "caught": result.verdict in CAUGHT,
+        "verdict": result.verdict, "declared": result.declared, "caught": _caught(result, beyond),
         "over_point": over_point(result), "how": result.reason,
         "why": result.declared_why if result.declared is not Verdict.FAIL else "",
     }  # fmt: skip
@@ -93,6 +93,11 @@ def row(result: CellResult) -> Row:
         effect=effect(worst) if worst.bound else None,
         beyond=tuple(item.name for item in beyond),
     )
+
+
+def _caught(result: CellResult, beyond: list[Statistic]) -> bool:
+    """By the verdict; where a suite declares the defect `xfail`, by a statistic that is beyond its bound."""
+    return result.verdict in CAUGHT or (result.verdict is Verdict.XFAIL and bool(beyond))
 
 
 def _served(result: CellResult) -> str:

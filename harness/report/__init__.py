@@ -6,6 +6,9 @@ report.history(reports)    all runs as one DataFrame, one row a cell and run
 report.index(reports)      reports/index.html over the committed evidence and the local runs
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +29,11 @@ def write(run_dir: Path, reports: Path | None = None) -> Path:
     `reports` is the folder of runs to compare with; without it, the one that `run_dir` lies in as `DIR/runs/NAME`.
     Never fails on what the ledger holds: a record that cannot be used is named on the page instead.
     """
+    with _uncollected():
+        return _write(run_dir, reports)
+
+
+def _write(run_dir: Path, reports: Path | None) -> Path:
     run = load(run_dir)
     table = tabulate(run)
     _put(run_dir / store.NAME, store.parquet(run, table, store.digest_of(run_dir)))
@@ -57,6 +65,19 @@ def history(reports: Path) -> pd.DataFrame:
     The columns of `frame`, with `place` and the run's `folder` in front.
     """
     return runs.frame(runs.find_runs(Path(reports)))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: a large run is millions of small values that it would walk again and again,
+    for a fifth of the time, and no cycle among them is large."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if wanted:
+            gc.enable()
 
 
 def _put(path: Path, content: bytes) -> None:

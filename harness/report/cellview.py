@@ -8,15 +8,17 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from harness.report import drawing
+from harness.report.bounds import Lines, by_nearness
 from harness.report.measured import Measured, measured
+from harness.report.naming import Name, name_of
 from harness.report.past import CellPast
 from harness.report.proofs import Proof, proof_of
 from harness.report.run import Try
 from harness.report.sidebyside import SideBySide, side_by_side
 from harness.report.square import column_of
 from harness.report.table import nearness
-from harness.report.text import clean, fragment, number, packed, rerun, seconds
-from harness.result import CellResult, Statistic
+from harness.report.text import clean, definitions, escaped, fragment, packed, rerun, seconds
+from harness.result import CellResult
 from harness.verdict import TABLE, Effect
 
 _LOG_LINES = 12
@@ -33,20 +35,13 @@ class Row:
     kind: str
     column: str
     anchor: str
-    options: list[str]
-    notes: list[str]
+    name: Name
     differs: bool
     severity: int
     kv_ratio: float | None
     seconds: float | None
     nearness: float | None
     past: CellPast | None
-
-    @property
-    def place(self) -> str:
-        """The square that it is in."""
-        cell = self.result.cell
-        return f"{cell.backend} · {self.column} · {cell.hardware}"
 
     @cached_property
     def facets(self) -> dict[str, tuple[str, ...]]:
@@ -69,6 +64,13 @@ class Row:
         }
 
     @property
+    def attributes(self) -> Markup:
+        """The facets and the cell's id, as the page's script reads them."""
+        told = escaped([self.result.cell.id, *("\n".join(values) for values in self.facets.values())])
+        names = ("id", *self.facets)
+        return Markup("".join(f' data-{name}="{value}"' for name, value in zip(names, told, strict=True)))
+
+    @property
     def order(self) -> str:
         """Numbers to sort by: severity, KV ratio, nearness, seconds; empty where there is none."""
         values = (self.severity, self.kv_ratio, self.nearness, self.seconds)
@@ -83,9 +85,10 @@ class Body:
     meaning: str
     rerun: str
     command: str
-    facts: list[tuple[str, str]]
+    facts: Markup  # of a definition list
     proof: Proof | None
-    statistics: list[tuple[str, str, str, str, str, Markup, str]]  # name, value, interval, bound, n, drawing, note
+    near: Lines  # the statistics nearest to their bound
+    further: Lines  # the others
     curve: Markup
     plot: Markup
     differences: list[SideBySide]
@@ -106,16 +109,20 @@ def row_of(
     number: int, result: CellResult, kind: str, severity: int, baseline: CellResult | None, past: CellPast | None
 ) -> Row:
     """`baseline` is the result that `result.baseline_id` names, where this run has it."""
-    options, notes = _options(result)
+    cell, column = result.cell, column_of(result.cell)
+    tpa = cell.tpa if cell.kvp > 0 else None
+    name = name_of(
+        cell.id, column, cell.backend, cell.hardware, cell.model, cell.tp, cell.kvp, tpa, cell.comm, cell.interleave,
+        cell.fault,
+    )  # fmt: skip
     tokens = baseline.kv_cache_tokens if baseline else None
     return Row(
         number=number,
         result=result,
         kind=kind,
-        column=column_of(result.cell),
-        anchor=fragment(cell=result.cell.id),
-        options=options,
-        notes=notes,
+        column=column,
+        anchor=fragment(cell=cell.id),
+        name=name,
         differs=result.effect is Effect.DIFFERS,
         severity=severity,
         kv_ratio=result.kv_cache_tokens / tokens if result.kv_cache_tokens and tokens else None,
@@ -143,15 +150,17 @@ def body_of(
     result = row.result
     text, link = _log(result, log, run_dir)
     lines = clean(text).rstrip().splitlines()
+    near, further = by_nearness(result.statistics)
     whole = whole_log or len(lines) <= _LOG_LINES
     return Body(
         result=result,
         meaning=TABLE[result.verdict].sentence,
         rerun=rerun(result.cell.id),
         command=result.command or result.cell.shown(),
-        facts=_facts(result, image, code),
+        facts=definitions(_facts(result, image, code)),
         proof=proof_of(result.proof),
-        statistics=[_statistic(one) for one in result.statistics],
+        near=near,
+        further=further,
         curve=drawing.curve(result.curve),
         plot=drawing.gaps(result.differences),
         differences=side_by_side(result.differences),
@@ -193,29 +202,6 @@ def _log(result: CellResult, log: Path | None, run_dir: Path | None) -> tuple[st
     except OSError:
         return result.log_tail, ""
     return (text, link) if len(packed(text)) <= _LOG_BYTES else (result.log_tail, link)
-
-
-def _statistic(one: Statistic) -> tuple[str, str, str, str, str, Markup, str]:
-    def shown(value: float) -> str:
-        return f"{number(value)} {one.unit}".strip()
-
-    interval = f"{number(one.low)} to {number(one.high)}" if one.low is not None and one.high is not None else ""
-    bound = "none" if one.bound is None else shown(one.bound)
-    return one.name, shown(one.value), interval, bound, f"{one.n:,}", drawing.against_bound(one), one.note
-
-
-def _options(result: CellResult) -> tuple[list[str], list[str]]:
-    """What tells this cell from its neighbours of the same square: the layout, and the options in its id."""
-    cell = result.cell
-    options = [f"TP {cell.tp}"]
-    if cell.kvp != 1:
-        options += [f"KVP {cell.kvp}", f"TPA {cell.tpa}"] if cell.kvp > 0 else [f"KVP {cell.kvp}"]
-        options += [cell.comm] if cell.comm else []
-        options += [f"interleave {cell.interleave}"]
-    shown = set(cell.id.split("/"))
-    notes = [f"{name}={value}" for name, value in (*cell.serve, *cell.helix) if f"{name}={value}" in shown]
-    notes += [f"workload={cell.workload}"] if cell.workload != "standard" else []
-    return options, notes + ([f"planted defect: {cell.fault}"] if cell.fault else [])
 
 
 def _facts(result: CellResult, image: str, code: str) -> list[tuple[str, str]]:

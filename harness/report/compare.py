@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from harness.frozen import Frozen
+from harness.report.naming import Name, name_of
 from harness.report.square import severity
 from harness.report.store import Stored, connect
 from harness.report.text import number, seconds
@@ -55,6 +56,13 @@ class Standing(Frozen):
     column: str
     backend: str
     hardware: str
+    model: str
+    tp: int
+    kvp: int
+    tpa: int | None
+    comm: str
+    interleave: int
+    fault: str
     declared: Verdict
     verdict: Verdict
     effect: Effect
@@ -64,6 +72,13 @@ class Standing(Frozen):
     kv_cache_tokens: float | None
     seconds: float | None
     nearness: float | None
+
+    @property
+    def name(self) -> Name:
+        return name_of(
+            self.id, self.column, self.backend, self.hardware, self.model, self.tp, self.kvp, self.tpa, self.comm,
+            self.interleave, self.fault,
+        )  # fmt: skip
 
     @property
     def judged(self) -> bool:

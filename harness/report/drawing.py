@@ -1,6 +1,7 @@
 """Small inline SVG: verdict shapes, KL and |Δ logprob| by position, a statistic against its bound, bars."""
 
 import math
+from functools import cache
 
 from markupsafe import Markup
 
@@ -42,6 +43,15 @@ def sprite() -> Markup:
     return Markup(
         f'<svg width="0" height="0" aria-hidden="true" focusable="false" class="sprite">{"".join(symbols)}</svg>'
     )
+
+
+@cache
+def verdict(word: str) -> Markup:
+    """A verdict as every list shows it: its shape, then its word. A macro would be called a million times."""
+    return Markup(
+        '<span class="verdict v-{0}"><svg class="shape" aria-hidden="true" focusable="false">'
+        '<use href="#shape-{0}"/></svg>{0}</span>'
+    ).format(word)
 
 
 def gap(difference: Difference) -> float | None:

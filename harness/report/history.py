@@ -8,9 +8,11 @@ from pathlib import Path
 
 import duckdb
 import pandas as pd
+from pydantic import Field
 
 from harness import ledger
 from harness.frozen import Frozen
+from harness.report.naming import Name, name_of
 from harness.report.store import Stored, connect, stored
 from harness.verdict import Effect, Verdict
 
@@ -30,9 +32,12 @@ _TRACKS = """
         list(place ORDER BY place) AS places,
         list(verdict ORDER BY place) AS verdicts,
         any_value(last_good) AS last_good,
-        min(place) FILTER (effect = 'differs' AND place > coalesce(last_good, -1)) AS first_bad,
-        count(DISTINCT verdict) FILTER (effect IN ('ok', 'differs')) AS kinds
-    FROM seen LEFT JOIN good USING (id) GROUP BY id ORDER BY first_bad IS NULL, kinds DESC, id
+        min(place) FILTER (effect = 'differs' AND verdict <> 'xpass' AND place > coalesce(last_good, -1)) AS first_bad,
+        min(place) FILTER (verdict = 'xpass' AND place > coalesce(last_good, -1)) AS gone,
+        count(DISTINCT verdict) FILTER (effect IN ('ok', 'differs')) AS kinds,
+        arg_max(struct_pack("column", backend, hardware, model, tp, kvp, tpa, comm, interleave, fault), place) AS named
+    FROM seen LEFT JOIN good USING (id) GROUP BY id
+    ORDER BY gone IS NULL, first_bad IS NULL, kinds DESC, id
 """
 
 
@@ -40,14 +45,22 @@ class Track(Frozen):
     """One cell over the runs. Numbers are places in `History.runs`.
 
     `last_good` is the last run whose verdict was as declared; `first_bad` the first one after it whose verdict
-    differed, None while the cell is good.
+    differed, None while the cell is good. `gone` is the first one after it that found a known limitation gone: that
+    is news, and nothing bad.
     """
 
     id: str
+    name: Name = Field(exclude=True)
     verdicts: tuple[tuple[int, Verdict], ...]  # (run, verdict), oldest first; only runs that had the cell
     last_good: int | None
     first_bad: int | None
+    gone: int | None
     changed: bool  # two judged verdicts differ
+
+    @property
+    def news(self) -> bool:
+        """Its verdict changed over the runs, or differs from the declared now."""
+        return self.changed or self.first_bad is not None or self.gone is not None
 
 
 class History(Frozen):
@@ -75,12 +88,14 @@ def tracks(runs: Sequence[Stored], glob: str = "*") -> History:
     found = {
         cell_id: Track(
             id=cell_id,
+            name=name_of(cell_id, **named),
             verdicts=tuple((place, Verdict(word)) for place, word in zip(places, verdicts, strict=True)),
             last_good=last_good,
             first_bad=first_bad,
+            gone=gone,
             changed=kinds > 1,
         )
-        for cell_id, places, verdicts, last_good, first_bad, kinds in rows
+        for cell_id, places, verdicts, last_good, first_bad, gone, kinds, named in rows
     }
     return History(runs=tuple(runs), tracks=found)
 

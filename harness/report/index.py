@@ -1,12 +1,14 @@
 """The index over runs: `reports/index.html`, over committed evidence and local runs."""
 
+from itertools import compress
 from pathlib import Path
 from urllib.parse import quote
 
 from harness import ledger
 from harness.frozen import Frozen
 from harness.report.history import History, Track, find_runs, tracks
-from harness.report.page import headline, lede
+from harness.report.naming import Name
+from harness.report.page import headline, lede, tally
 from harness.report.run import Run, load
 from harness.report.template import asset, environment, script_hash
 from harness.report.text import clean, fragment, legal
@@ -42,9 +44,11 @@ class Changed(Frozen):
     """A cell whose verdict changed, or that is bad now, over the grid's runs; None: the run had no such cell."""
 
     id: str
+    name: Name
     marks: tuple[Mark | None, ...]
     first_bad: str
     last_good: str
+    gone: str  # the run that first found a known limitation gone
 
 
 def index(reports_dir: Path) -> Path:
@@ -55,11 +59,15 @@ def index(reports_dir: Path) -> Path:
     found = tracks(find_runs(reports_dir))
     hrefs = [_href(run.folder, reports_dir) for run in found.runs]
     grid = _grid(found, hrefs)
+    columns = list(zip([run.name for run in found.runs], hrefs, strict=True))[-_COLUMNS:]
+    told = [any(row.marks[place] for row in grid[:_ROWS]) for place in range(len(columns))]
+    rows = [row.model_copy(update={"marks": tuple(compress(row.marks, told))}) for row in grid[:_ROWS]]
     script = asset("index.js")
     text = environment().get_template("index.html.j2").render(
         sections=sections,
-        runs=[(run.name, href) for run, href in zip(found.runs, hrefs, strict=True)][-_COLUMNS:],
-        grid=grid[:_ROWS],
+        count=len(found.runs),
+        runs=list(compress(columns, told)),  # those that have one of these cells
+        grid=rows,
         more=max(0, len(grid) - _ROWS),
         script=script,
         script_hash=script_hash(script),
@@ -80,7 +88,6 @@ def _lines(folder: Path, root: Path) -> list[Line]:
 
 def _line(run_dir: Path, root: Path) -> Line:
     run: Run = load(run_dir)
-    counts = {verdict: sum(result.verdict is verdict for result in run.results) for verdict in Verdict}
     return Line(
         name=run_dir.name,
         href=_href(run_dir, root),
@@ -88,18 +95,33 @@ def _line(run_dir: Path, root: Path) -> Line:
         hardware=run.hardware,
         headline=headline(run),
         lede=lede(run),
-        counts=tuple((verdict, count) for verdict, count in counts.items() if count),
+        counts=tuple(tally(run)),
         exit_status=run.exit_status if run.results else None,
         left_out=len(run.left_out) + len(run.unfinished),
     )
 
 
 def _other(folder: Path, root: Path) -> Line:
-    """Evidence without a ledger, by the heading of its README."""
+    """Evidence without a ledger of its own, by the heading of its README, with the runs that lie in it counted as one:
+    a cell that several of them have counts as the latest says."""
     text = (folder / "README.md").read_text(errors="replace")
     title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
     href = quote((folder / "README.md").relative_to(root).as_posix())
-    return Line(name=folder.name, href=href, headline=clean(title))
+    runs = sorted(
+        (load(path) for path in folder.iterdir() if ledger.find(path).is_file()),
+        key=lambda run: (run.started, run.name),
+    )
+    latest = {result.cell.id: result for run in runs for result in run.results}
+    whole = Run(name=folder.name, results=tuple(latest.values()))
+    return Line(
+        name=folder.name,
+        href=href,
+        started=runs[0].started if runs else "",
+        hardware=tuple(dict.fromkeys(name for run in runs for name in run.hardware)),
+        headline=clean(title),
+        counts=tuple(tally(whole)),
+        exit_status=whole.exit_status if latest else None,
+    )
 
 
 def _href(run_dir: Path, root: Path) -> str:
@@ -111,7 +133,7 @@ def _href(run_dir: Path, root: Path) -> str:
 def _grid(found: History, hrefs: list[str]) -> list[Changed]:
     """The cells whose verdict changed, or that are bad now; those that are bad first."""
     first = max(0, len(found.runs) - _COLUMNS)
-    chosen = [track for track in found.tracks.values() if track.changed or track.first_bad is not None]
+    chosen = [track for track in found.tracks.values() if track.news]
     return [_changed(track, found, hrefs, first) for track in chosen] if len(found.runs) > 1 else []
 
 
@@ -130,7 +152,9 @@ def _changed(track: Track, found: History, hrefs: list[str], first: int) -> Chan
 
     return Changed(
         id=track.id,
+        name=track.name,
         marks=tuple(mark(place) for place in range(first, len(found.runs))),
         first_bad=named(track.first_bad),
         last_good=named(track.last_good),
+        gone=named(track.gone),
     )

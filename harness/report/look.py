@@ -58,7 +58,7 @@ def history_main(argv: Sequence[str]) -> int:
     found = tracks(find_runs(options.reports), options.cell or "*")
     if not found.runs:
         return _complain(f"no run in {options.reports}; start one: ./test_helix.sh --all")
-    chosen = [track for track in found.tracks.values() if options.cell or track.changed or track.first_bad is not None]
+    chosen = [track for track in found.tracks.values() if options.cell or track.news]
     if options.cell and not chosen:
         return _complain(f"no cell of {plural(len(found.runs), 'run')} matches {options.cell!r}")
     if options.format == "json":
@@ -161,6 +161,8 @@ def _history_lines(found: History, chosen: list) -> list[str]:
         if track.first_bad is not None:
             good = names[track.last_good] if track.last_good is not None else "none"
             lines.append(f"    first bad: {names[track.first_bad]}; last good: {good}")
+        if track.gone is not None:
+            lines.append(f"    XPASS, a known limitation is gone since {names[track.gone]}: update the declared table")
     shapes = "  ".join(f"{meaning.symbol} {verdict}" for verdict, meaning in TABLE.items())
     return [*lines, "", shapes]
 

@@ -70,8 +70,11 @@ def results_json(run: Run, table: pd.DataFrame) -> str:
 
 
 def results_csv(table: pd.DataFrame) -> str:
-    text = table.map(lambda value: clean(value) if isinstance(value, str) else value)
-    return text.rename(columns=clean).to_csv(index=False, lineterminator="\n")
+    texts = table.select_dtypes(exclude="number").columns
+    told = {
+        name: [clean(value) if isinstance(value, str) else value for value in table[name].tolist()] for name in texts
+    }
+    return table.assign(**told).rename(columns=clean).to_csv(index=False, lineterminator="\n")
 
 
 def schema() -> str:

@@ -226,6 +226,7 @@
       } catch {
         button.textContent = "Selected";
       }
+      button.removeAttribute("aria-label"); // what it says now is its name
     }
   });
   follow();

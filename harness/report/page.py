@@ -23,8 +23,9 @@ from harness.verdict import Effect, Verdict
 
 #: Above this many cells the bodies travel compressed and are opened by the script when a reader opens the cell.
 PACK_ABOVE = 100
-#: This many differing cells stand above the matrix; the others are one click away.
-_NEWS = 4
+#: This many differing cells and movers stand above the matrix, which starts on the first screen; the others are one
+#: click away.
+_NEWS = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
     results = {result.cell.id: result for result in run.results}
     found = matrices(table, results)
     by_model = matrices(table, results, by="model")
+    live, idle = _by_use(found, results)
     ranked = sorted(run.results, key=lambda result: severity(result.declared, result.verdict))
     rows = _rows(run, results, dict(zip(table["id"], table["kind"], strict=True)), past)
     script = asset("page.js")
@@ -53,7 +55,7 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
             headline=headline(run),
             lede=lede(run),
             works=works(found, results),
-            tally=_tally(run),
+            tally=tally(run),
             # A limitation that is gone has a place of its own, above them.
             differing=[
                 rows[one.cell.id] for one in ranked if one.effect is Effect.DIFFERS and one.verdict is not Verdict.XPASS
@@ -61,9 +63,13 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
             broken=[rows[one.cell.id] for one in ranked if one.effect is Effect.INFRASTRUCTURE],
             gone_limits=[rows[one.cell.id] for one in ranked if one.verdict is Verdict.XPASS],
             changes=_changes(past),
-            matrices=found,
-            by_model=by_model if any(len(matrix.models) > 1 for matrix in found) else [],
-            idle=_idle(found),
+            matrices=live,
+            idle=idle,
+            idle_hardware=list(dict.fromkeys(name for matrix in idle for name in matrix.hardware)),
+            idle_cells=sum(len(square.cells) for matrix in idle for square in matrix.squares),
+            by_model=[part for half in _by_use(by_model, results) for part in half]
+            if any(len(matrix.models) > 1 for matrix in found)
+            else [],
             defects=defects_of(run.results),
             columns=COLUMNS,
             groups=_groups(found, rows),
@@ -109,11 +115,25 @@ def _changes(past: Past) -> list[tuple[str, str, Markup, str]]:
     return found
 
 
-def _idle(found: list[Matrix]) -> set[str]:
-    """Hardware on which no cell was run: its squares are drawn small."""
+def _by_use(found: list[Matrix], results: dict[str, CellResult]) -> tuple[list[Matrix], list[Matrix]]:
+    """The tables of the hardware on which something ran, and those of the rest, which are folded.
+
+    Where nothing ran at all, nothing is folded.
+    """
     squares = [square for matrix in found for square in matrix.squares]
     ran = {square.hardware for square in squares if square.verdict not in (Verdict.SKIP, Verdict.STALE)}
-    return {square.hardware for square in squares} - ran
+    rest = {square.hardware for square in squares} - ran
+    if not ran:
+        return found, []
+    parts = [[part for matrix in found if (part := matrix.part(names))] for names in (ran, rest)]
+    live, idle = ([_with_models(part, results) for part in half] for half in parts)
+    return live, idle
+
+
+def _with_models(matrix: Matrix, results: dict[str, CellResult]) -> Matrix:
+    """The matrix with the models behind its own squares only."""
+    behind = {results[cell_id].cell.model for square in matrix.squares for cell_id in square.cells}
+    return matrix.model_copy(update={"models": tuple(sorted(behind))})
 
 
 def headline(run: Run) -> str:
@@ -156,9 +176,10 @@ def _passing(square: Square, results: dict[str, CellResult]) -> list[str]:
     return sorted({model.removeprefix("recipe:").rpartition("/")[2] for model in passing})
 
 
-def _tally(run: Run) -> list[tuple[Verdict, int]]:
-    counts = Counter(result.verdict for result in run.results)
-    return [(verdict, counts[verdict]) for verdict in Verdict if counts[verdict]]
+def tally(run: Run) -> list[tuple[Verdict, int]]:
+    """How often each verdict was seen, in the order of the list's "worst first"."""
+    ranked = sorted(run.results, key=lambda result: severity(result.declared, result.verdict))
+    return list(Counter(result.verdict for result in ranked).items())
 
 
 def _groups(found: list[Matrix], rows: dict[str, Row]) -> list[Group]:

@@ -29,11 +29,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class CellPast:
-    """A cell over the runs up to this one, oldest first; `last_good` and `first_bad` as in `history.Track`."""
+    """A cell over the runs up to this one, oldest first; the runs named as in `history.Track`."""
 
     seen: tuple[Seen, ...]
     last_good: Seen | None
     first_bad: Seen | None
+    gone: Seen | None
 
     @property
     def since(self) -> str:
@@ -89,7 +90,10 @@ def _cells(runs: list[Stored], here: Stored) -> dict[str, CellPast]:
             for place, verdict in track.verdicts
         }
         found[cell_id] = CellPast(
-            seen=tuple(seen.values()), last_good=seen.get(track.last_good), first_bad=seen.get(track.first_bad)
+            seen=tuple(seen.values()),
+            last_good=seen.get(track.last_good),
+            first_bad=seen.get(track.first_bad),
+            gone=seen.get(track.gone),
         )
     return found
 

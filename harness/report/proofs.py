@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from harness.report.text import table_row
+from harness.report.text import definitions, table_row
 
 #: Order and headings of the proof's columns; fields that are not named here come after, under their own name.
 _HEADINGS = {
@@ -47,7 +47,7 @@ _ALWAYS = {"rank", "tpa_rank", "kvp_rank", "group_ranks", "decode_attention", "d
 
 @dataclass(frozen=True)
 class Proof:
-    common: list[tuple[str, str]]
+    common: Markup  # of a definition list: what all ranks have alike
     head: list[str]
     rows: list[Markup]  # the cells of a row
 
@@ -68,7 +68,7 @@ def proof_of(ranks: tuple[dict, ...]) -> Proof | None:
     column = {name: [rank.get(name, "–") for rank in flat] for name in names}
     table = [name for name in names if name in _ALWAYS or len(set(column[name])) > 1]
     return Proof(
-        common=[(_HEADINGS.get(name, name), column[name][0]) for name in names if name not in table],
+        common=definitions([(_HEADINGS.get(name, name), column[name][0]) for name in names if name not in table]),
         head=[_HEADINGS.get(name, name) for name in table],
         rows=[table_row([column[name][index] for name in table]) for index in range(len(flat))],
     )

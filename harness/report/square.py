@@ -3,19 +3,21 @@
 **The rule.** A square shows the worst verdict among its cells, where "worst" is what a reader must know first:
 
 1. what differs from the declared: `fail`, `flaky`, `rejected` that nobody declared, `unproven`, `xpass`;
-2. `error`: the square is not wholly judged;
-3. what is as declared: `xfail`, then `pass`, then `rejected`;
-4. what was not run: `stale`, then `skip`.
+2. what is as declared and was seen to run: `xfail`, then `pass`;
+3. `error`: an infrastructure error says nothing about Helix, so it hides no verdict, but no refusal hides it;
+4. `rejected` as declared;
+5. what was not run: `stale`, then `skip`.
 
-So five `pass` and one declared refusal (an illegal layout, say) are a `pass` with a note, a square of nothing but
-declared refusals is `rejected`, and one `fail` among fifty is a `fail`. The declared verdict beside it is that of the
-cells that decided. A square disagrees if any of its cells differs from its own declaration.
+So five `pass` and one declared refusal (an illegal layout, say) are a `pass` with a note, as are twelve `pass` and one
+`error`; a square of nothing but declared refusals is `rejected`, and one `fail` among fifty is a `fail`. The declared
+verdict beside it is that of the cells that decided. A square disagrees if any of its cells differs from its own
+declaration. In lists of cells an error comes right after what differs: there it is a thing to act on.
 Cells with a planted defect test the oracle, not Helix: they are in the list of cells, not in the matrix.
 """
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
 import pandas as pd
 
@@ -45,11 +47,21 @@ _OTHERS = (
 _MLA_NAMES = ("deepseek-v2", "deepseek-v3", "deepseek-r1", "kimi-k2", "mla")
 
 
+#: What is as declared and comes before an error in a square: all that an error may not hide.
+_SEEN = len(_DIFFERING) + _OTHERS.index(Verdict.PASS)
+
+
 def severity(declared: Verdict, observed: Verdict) -> int:
-    """Place in the rule above; the smallest decides a square."""
+    """What a reader of a list must see first; the smallest first."""
     if effect_of(declared, observed) is Effect.DIFFERS:
         return _DIFFERING.index(observed)
     return len(_DIFFERING) + _OTHERS.index(observed)
+
+
+def _rank(result: CellResult) -> float:
+    """Place in this module's rule; the smallest decides a square."""
+    error = result.verdict is Verdict.ERROR
+    return _SEEN + 0.5 if error else severity(result.declared, result.verdict)
 
 
 def latent_models(cells: Iterable[Cell]) -> frozenset[str]:
@@ -77,11 +89,11 @@ class Square(Frozen):
     backend: str
     hardware: str
     column: str
-    cells: tuple[str, ...]  # ids
+    cells: tuple[str, ...]  # ids, what a reader must see first in front
     verdict: Verdict
     declared: Verdict
     disagrees: bool
-    counts: tuple[tuple[Verdict, int], ...]  # worst first
+    counts: tuple[tuple[Verdict, int], ...]  # what decides first
 
     @property
     def anchor(self) -> str:
@@ -106,7 +118,8 @@ class Square(Frozen):
 
 def square(kind: str, backend: str, hardware: str, column: str, results: list[CellResult]) -> Square:
     """What `results` say together, by the rule of this module."""
-    ranked = sorted(results, key=lambda result: severity(result.declared, result.verdict))
+    listed = sorted(results, key=lambda result: severity(result.declared, result.verdict))
+    ranked = sorted(listed, key=_rank)
     worst = ranked[0].verdict
     deciding = [result.declared for result in ranked if result.verdict is worst and result.effect is ranked[0].effect]
     return Square(
@@ -114,7 +127,7 @@ def square(kind: str, backend: str, hardware: str, column: str, results: list[Ce
         backend=backend,
         hardware=hardware,
         column=column,
-        cells=tuple(result.cell.id for result in ranked),
+        cells=tuple(result.cell.id for result in listed),
         verdict=worst,
         declared=min(deciding, key=lambda declared: severity(declared, declared)),
         disagrees=any(result.effect is Effect.DIFFERS for result in results),
@@ -134,6 +147,17 @@ class Matrix(Frozen):
     @property
     def squares(self) -> list[Square]:
         return [found for _, line in self.rows for found in line if found]
+
+    def part(self, hardware: set[str]) -> Self | None:
+        """The columns of this hardware and the rows that have a cell there; None where there is none."""
+        wide = len(COLUMNS)
+        kept = [place for place, name in enumerate(self.hardware) if name in hardware]
+        rows = [
+            (name, tuple(one for at in kept for one in line[at * wide : (at + 1) * wide])) for name, line in self.rows
+        ]
+        rows = [(name, line) for name, line in rows if any(line)]
+        names = tuple(self.hardware[place] for place in kept)
+        return self.model_copy(update={"hardware": names, "rows": tuple(rows)}) if rows else None
 
 
 def matrices(

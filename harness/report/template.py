@@ -29,6 +29,7 @@ def environment() -> Environment:
         "legend": TABLE,
         "fragment": fragment,
         "plural": plural,
+        "verdict": drawing.verdict,
         "sprite": drawing.sprite(),
         "style": asset("style.css"),
     }

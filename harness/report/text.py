@@ -50,10 +50,22 @@ def packed(text: str) -> str:
     return base64.b64encode(squeeze.compress(legal(text).encode()) + squeeze.flush()).decode()
 
 
+def escaped(values: list[str]) -> list[str]:
+    """Each value as HTML. One escape for all of them: large runs have millions."""
+    return str(escape("\0".join([value.replace("\0", "�") for value in values]))).split("\0") if values else []
+
+
 def table_row(values: list[str]) -> Markup:
-    """Cells of one table row, the first its header. One escape for the row: large runs have a million cells."""
-    head, *rest = str(escape("\0".join(value.replace("\0", "�") for value in values))).split("\0")
+    """Cells of one table row, the first its header."""
+    head, *rest = escaped(values or [""])
     return Markup(f'<th scope="row" class="n">{head}</th>' + "".join(f'<td class="n">{cell}</td>' for cell in rest))
+
+
+def definitions(pairs: list[tuple[str, str]]) -> Markup:
+    """The inside of a definition list, a `div` for each (name, value)."""
+    told = escaped([text for pair in pairs for text in pair])
+    lines = zip(told[::2], told[1::2], strict=True)
+    return Markup("".join([f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in lines]))
 
 
 def plural(count: int, noun: str) -> str:

@@ -61,9 +61,13 @@ _CAUSES = (
         ),
     ),
 )
-_ERROR_LINE = re.compile(
-    r"^(?:\([^)]*\)\s*)?(?:\S+ [\d-]+ [\d:]+ \[[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$"
-)
+#: What stands before a line of vLLM's: `(Worker pid=7) ERROR 11-24 02:19:15 [core.py:12] `; group 1 is the process.
+_PREFIX = r"^(?:\(([^)]*)\)\s*)?(?:\S+ [\d-]+ [\d:]+ \[[^\]]*\]\s*)?"
+_ERROR_LINE = re.compile(_PREFIX + r"((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$")
+_FRAME = re.compile(_PREFIX + r'\s*File "([^"]+)", line (\d+), in (.+)$')
+_SOURCE = re.compile(_PREFIX + r"\s*(.*)$")
+#: An error that only has a name: an `assert` without a message, say.
+_BARE = re.compile(r"[\w.]+:?\s*$")
 #: Errors that only wrap the one below them.
 _WRAPPERS = ("See root cause above", "Worker failed with error", "WorkerProc initialization failed")
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -84,24 +88,58 @@ def read_log(path: Path) -> str:
     return _COLOUR.sub("", (data + middle + rest).decode(errors="replace"))
 
 
-def tail(text: str, lines: int = TAIL_LINES) -> str:
-    return "\n".join(line if len(line) <= _LINE else f"{line[:_LINE]} …" for line in text.splitlines()[-lines:])
+def tail(text: str, lines: int = TAIL_LINES, root: int | None = None) -> str:
+    """The last lines; where the line `root`, that tells why, lies before them, half of them around that one instead."""
+    found = text.splitlines()
+    kept = found[-lines:]
+    if root is not None and root < len(found) - lines:
+        half = lines // 2
+        first = max(0, root - half + 4)
+        around, end = found[first : root + 4], found[-half:]
+        cut = len(found) - half - (root + 4)
+        kept = [*around, f"… {cut} lines are left out …", *end] if cut > 0 else found[first:]
+    return "\n".join(line if len(line) <= _LINE else f"{line[:_LINE]} …" for line in kept)
 
 
 def explain(text: str, status: int | None) -> Failure:
     """The typed reason in a dead server's log. A refusal wins, then the known causes, then the last error line."""
+    lines = text.splitlines()
     if refusals := _REFUSAL.findall(text):
         return Failure(cause=Cause.REFUSED, reason=refusals[-1].strip(), log_tail=tail(text))
-    errors = [match[1] for line in text.splitlines() if (match := _ERROR_LINE.match(line))]
     for cause, pattern in _CAUSES:
-        if found := [line.strip() for line in text.splitlines() if pattern.search(line)]:
-            return Failure(cause=cause, reason=found[-1][:_LINE], log_tail=tail(text))
+        if found := [place for place, line in enumerate(lines) if pattern.search(line)]:
+            reason = lines[found[-1]].strip()[:_LINE]
+            return Failure(cause=cause, reason=reason, log_tail=tail(text, root=found[-1]))
     if status in (137, -9):  # of the server, or of its guard
         reason = "SIGKILL (137) from outside, and not for want of memory"
         return Failure(cause=Cause.KILLED, reason=reason, log_tail=tail(text))
-    roots = [error for error in errors if not any(wrapper in error for wrapper in _WRAPPERS)] or errors
-    said = roots[-1] if roots else next((line for line in reversed(text.splitlines()) if line.strip()), "empty log")
-    return Failure(cause=Cause.OTHER, reason=f"exit status {status}: {said[:_LINE]}", log_tail=tail(text))
+    errors = [(place, match[2]) for place, line in enumerate(lines) if (match := _ERROR_LINE.match(line))]
+    roots = [one for one in errors if not any(wrapper in one[1] for wrapper in _WRAPPERS)] or errors
+    if roots:
+        root, said = roots[-1]
+        said += _where(lines, root) if _BARE.fullmatch(said) else ""
+    else:
+        root, said = None, next((line for line in reversed(lines) if line.strip()), "empty log")
+    reason = f"exit status {status}: {said[:_LINE]}"
+    return Failure(cause=Cause.OTHER, reason=reason, log_tail=tail(text, root=root))
+
+
+def _where(lines: list[str], root: int) -> str:
+    """` in FILE, line N, FUNCTION: SOURCE`, from the traceback that line `root` ends; empty without one."""
+    process = _SOURCE.match(lines[root])[1]
+    source = ""
+    for line in reversed(lines[:root]):
+        if _SOURCE.match(line)[1] != process:  # another process wrote in between
+            continue
+        if frame := _FRAME.match(line):
+            file = frame[2].rpartition("site-packages/")[2]
+            return f" in {file}, line {frame[3]}, {frame[4]}" + (f": {source}" if source else "")
+        if not (told := _SOURCE.match(line)[2]).strip("^~ "):
+            continue
+        if _ERROR_LINE.match(line):  # of another traceback
+            return ""
+        source = told
+    return ""
 
 
 def kv_cache_tokens(text: str) -> int | None:

@@ -74,6 +74,11 @@ def test_a_cell_that_fails_without_a_comparison_is_caught_by_its_death():
     assert made.caught and made.statistic == DEATH and made.over_point is None
 
 
+def test_where_it_is_declared_xfail_a_statistic_beyond_its_bound_has_caught_it():
+    assert row(result(Verdict.XFAIL, declared=Verdict.XFAIL)).caught
+    assert not row(result(Verdict.XFAIL, (FINE,), declared=Verdict.XFAIL)).caught
+
+
 def run_of(folder, *made: CellResult):
     ledger = Ledger(folder)
     for item in made:

@@ -220,6 +220,38 @@ def test_causes_in_logs(text, status, cause, reason):
     assert (failure.cause, failure.reason) == (cause, reason)
 
 
+#: Two processes write at once: rank 1 stumbles over an assert without a message, rank 0 tells a story of its own.
+TORN = """\
+(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9] Traceback (most recent call last):
+(Worker_TP0 pid=7) ERROR 11-24 00:26:06 [m.py:9]   File "/x/site-packages/vllm/other.py", line 5, in ready
+(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9]   File "/x/site-packages/vllm/model.py", line 12, in __init__
+(Worker_TP0 pid=7) ERROR 11-24 00:26:06 [m.py:9]     wait()
+(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9]     assert heads % tp == 0
+(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9]            ^^^^^^^^^^^^^^^
+(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9] AssertionError
+"""
+WRAPPED = "RuntimeError: Engine core initialization failed. See root cause above.\n"
+
+
+def test_an_error_that_only_has_a_name_is_told_with_its_place():
+    failure = explain(TORN + WRAPPED, 1)
+    place = "in vllm/model.py, line 12, __init__: assert heads % tp == 0"
+    assert (failure.cause, failure.reason) == (Cause.OTHER, f"exit status 1: AssertionError {place}")
+    assert explain("AssertionError\n", 1).reason == "exit status 1: AssertionError"  # no traceback, no place
+
+
+def test_the_tail_shows_the_root_where_the_last_lines_do_not():
+    later = "".join(f"  File wrapper, frame {number}\n" for number in range(100))
+    lines = explain(TORN + later + WRAPPED, 1).log_tail.splitlines()
+    assert len(lines) <= 41
+    assert "(Worker_TP1 pid=8) ERROR 11-24 00:26:06 [m.py:9] AssertionError" in lines
+    # 7 lines of the traceback and 3 that follow it; 108 lines in all, the last 20 of which are shown
+    assert lines[10] == "… 78 lines are left out …"
+    assert lines[-1] + "\n" == WRAPPED
+    short = explain(TORN + WRAPPED, 1).log_tail
+    assert short + "\n" == TORN + WRAPPED  # all of it, in order
+
+
 def test_kv_cache_size_in_logs():
     assert kv_cache_tokens("GPU KV cache size: 4,096 tokens\nCPU KV cache size: 87,360 tokens, x") == 87360
     assert kv_cache_tokens("nothing") is None

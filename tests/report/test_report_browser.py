@@ -79,6 +79,46 @@ def test_keyboard_alone_reaches_and_opens_a_cell(visit, run_dir):
     expect(page.locator("details.cell[open]")).to_have_count(1)
 
 
+def test_tab_and_enter_lead_from_a_square_to_its_cells(visit, run_dir):
+    page = visit(run_dir)
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.matches('a.square.v-fail')"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("output")).to_have_text("2 of 32 cells")
+    expect(page.locator("details.cell:visible").first).to_be_in_viewport()
+
+
+def test_copy_takes_the_whole_line_and_says_so(visit, run_dir):
+    page = visit(run_dir, fragment(cell=FAILED))
+    button = page.get_by_role("button", name="Copy the line that runs the cell again")
+    button.click()
+    expect(page.locator("details.cell[open] .copy").first).to_have_text(re.compile("Copied|Selected"))
+    assert page.evaluate("getSelection().toString()").strip() == f"./test_helix.sh --cell {FAILED}"
+
+
+def test_a_cell_tells_its_command_versions_image_and_proof_of_every_rank(visit, run_dir):
+    body = visit(run_dir, fragment(cell=FAILED)).locator("details.cell[open] .body")
+    command = body.locator("pre").nth(1).text_content()
+    assert command.startswith("vllm serve nvidia/Llama-3.1-Nemotron-Nano-8B-v1 --tensor-parallel-size 8")
+    assert "--decode-context-parallel-size 2 --helix-mode --attention-backend FLASH_ATTN" in command
+    facts = dict(
+        body.locator("dl.facts")
+        .last.locator("div")
+        .evaluate_all("all => all.map((one) => [one.children[0].textContent, one.children[1].textContent])")
+    )
+    assert facts["vllm"] == "0.32.0" and facts["torch"] == "2.13.0" and facts["helix"] == "0.1.0+g04d67aa"
+    assert facts["image digest"] == "none: processes of the host"
+    rows = body.locator(".proof tbody tr").evaluate_all(
+        "rows => rows.map((row) => [...row.cells].slice(0, 4).map((cell) => cell.textContent))"
+    )
+    # rank, TPA rank, KVP rank, its exchange group: KVP ranks are consecutive
+    assert rows == [
+        [str(rank), str(rank // 2), str(rank % 2), f"{rank // 2 * 2}, {rank // 2 * 2 + 1}"] for rank in range(8)
+    ]
+
+
 def test_hostile_text_is_text(visit, hostile_dir):
     page = visit(hostile_dir, fragment(cell=examples.hostile().cell.id))
     expect(page.locator("details.cell[open]")).to_have_count(1)
@@ -100,6 +140,7 @@ def test_packed_bodies_open(visit, tmp_path):
 def test_the_matrix_in_the_browser_equals_the_ledger(visit, run_dir):
     """Every square's words, by accessible table cells, against a count of the ledger's own records."""
     page = visit(run_dir)
+    page.click("details.idle summary")  # hardware on which nothing ran
     shown = page.evaluate("""() => [...document.querySelectorAll("table.squares[data-by=backend]")].flatMap((table) => {
       const hardware = [...table.tHead.rows[0].cells].slice(1).map((cell) => cell.firstChild.textContent);
       const modes = [...table.tHead.rows[1].cells].map((cell) => cell.innerText);
@@ -135,13 +176,39 @@ def test_first_paint_says_what_changed_and_shouts_xpass(visit, sequence_dir):
     expect(page.locator("table.squares thead").first).to_be_in_viewport()
 
 
+def test_on_a_small_laptop_a_bad_day_still_shows_the_matrix_on_the_first_screen(visit, sequence_dir):
+    """1366 x 768 with a limitation gone, five cells that differ and a comparison above it: two rows' worth is seen."""
+    page = visit(sequence_dir, width=1366, height=768)
+    for part in (".shout", "#news", ".comparison .sum", "a.square.v-pass"):
+        expect(page.locator(part).first).to_be_in_viewport(ratio=1)
+    assert page.locator("table.squares").first.bounding_box()["y"] < 640
+    # what stands left and right is said in the same words
+    told = page.locator(".comparison .moves .model").first.inner_text()
+    assert told == page.locator(".shout .model").inner_text()
+    assert told.startswith("nvidia/Llama-3.1-Nemotron-Nano-8B-v1 · TP 8 · KVP 2 · TPA 4 · a2a · interleave 1")
+    assert told.endswith("max-model-len=4096 block-size=16")
+
+
+def test_a_phone_shows_all_three_modes_of_the_first_hardware(visit, sequence_dir):
+    page = visit(sequence_dir, width=380)
+    box = page.locator(".matrix .wide").first.bounding_box()
+    helix = page.locator("table.squares").first.locator("tbody tr").first.locator("td").nth(2).bounding_box()
+    assert helix["x"] + helix["width"] <= box["x"] + box["width"]
+    index = visit(sequence_dir.parent.parent, width=380)
+    runs = index.locator("table.runs").nth(0)
+    assert runs.evaluate("table => table.scrollWidth") <= 380
+    expect(runs.locator("tbody .verdict").first).to_be_in_viewport()
+
+
 def test_another_run_is_compared_in_the_page_and_kept_in_the_address(visit, sequence_dir):
     page = visit(sequence_dir)
     page.select_option("select.against", "2026-11-21-smoke")
-    moves = page.locator(".comparison .moves").first.locator("li")
-    expect(moves).to_have_count(4)
+    moves = page.locator(".comparison .moves li")
+    expect(moves).to_have_count(5)
+    page.click(".comparison summary")  # two of them stand in front
     assert moves.locator(".fromto").all_inner_texts() == [
         "pass\n→\nbecame\nfail", "pass\n→\nbecame\nflaky", "pass\n→\nbecame\nunproven", "xfail\n→\nbecame\nxpass",
+        "fail\n→\nbecame\npass",
     ]  # fmt: skip
     assert "against=2026-11-21-smoke" in page.url
     again = visit(sequence_dir, page.url.split("#")[1])
@@ -196,6 +263,7 @@ def test_headings_stick_while_their_rows_are_read(visit, run_dir):
     page.locator("section.group").filter(has=heading).locator("details.cell").last.scroll_into_view_if_needed()
     bar, head = page.locator("form.filter").bounding_box(), heading.bounding_box()
     assert bar["y"] == 0 and head["y"] == pytest.approx(bar["height"], abs=1)
+    page.set_viewport_size({"width": 1400, "height": 220})
     matrix = page.locator(".matrix .wide").nth(1)
     matrix.evaluate("box => box.scrollTo(0, 9999)")
     top, head = matrix.bounding_box(), matrix.locator("thead").bounding_box()

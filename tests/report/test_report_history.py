@@ -2,12 +2,14 @@
 
 import json
 import lzma
+import re
 import shutil
 
 import examples
 
 from harness import cli, report
 from harness.report.history import find_runs, seconds_by_cell, tracks
+from harness.verdict import Verdict
 
 BY_VERDICT = {one.verdict: one.cell.id for one in examples.results()}
 
@@ -24,7 +26,10 @@ def test_first_bad_and_last_good(tmp_path):
     assert told("fail") == (["pass", "fail", "fail"], 0, 1, True)
     # an error in between is neither good nor bad
     assert told("unproven") == (["pass", "error", "unproven"], 0, 2, True)
-    assert told("xpass") == (["xfail", "xfail", "xpass"], 1, 2, True)
+    # a limitation that is gone is news, and nothing bad
+    assert told("xpass") == (["xfail", "xfail", "xpass"], 1, None, True)
+    assert found.tracks[BY_VERDICT["xpass"]].gone == 2 and found.tracks[BY_VERDICT["fail"]].gone is None
+    assert next(iter(found.tracks)) == BY_VERDICT["xpass"]  # it comes first
     assert told("error") == (["pass", "pass", "error"], 1, None, False)
     assert told("skip") == (["skip", "skip", "skip"], None, None, False)
     healed = found.tracks[examples.results()[8].cell.id]
@@ -40,6 +45,8 @@ def test_the_command_prints_each_cell_over_the_runs(tmp_path, capsys):
         f"    |✓✗✗|  fail in {examples.NAME}",
         "    first bad: 2026-11-22-smoke; last good: 2026-11-21-smoke",
     ]
+    gone = lines[lines.index(BY_VERDICT["xpass"]) + 2]
+    assert gone == f"    XPASS, a known limitation is gone since {examples.NAME}: update the declared table"
     assert cli.main(["history", "hopper/helix-mla/FLASHMLA/*", "--reports", str(tmp_path), "--format", "json"]) == 0
     (only,) = json.loads(capsys.readouterr().out)["cells"]
     assert only["verdicts"] == [[0, "pass"], [1, "pass"], [2, "pass"]] and only["last_good"] == 2
@@ -99,11 +106,21 @@ def test_the_index_lists_evidence_of_every_kind_and_what_changed(tmp_path):
     (tmp_path / "trial").mkdir()
     (tmp_path / "trial" / "README.md").write_text("# First engines\n\ntext\n")
     (tmp_path / "nothing-in-it").mkdir()
+    (tmp_path / "slices").mkdir()
+    (tmp_path / "slices" / "README.md").write_text("# One matrix in two slices\n")
+    first, second = examples.results()[0], examples.results()[16]  # a pass, and an unproven that was an error before
+    before = second.model_copy(update={"verdict": Verdict.ERROR})
+    examples.write_ledger(tmp_path / "slices" / "a", [first, before], started="2026-11-20T01:00:00Z")
+    examples.write_ledger(tmp_path / "slices" / "b", [second], started="2026-11-20T02:00:00Z")
     page = report.index(tmp_path).read_text()
     committed, _, local = page.partition("Runs on this machine")
     assert "2026-11-24-kept (no page)" in committed
     assert '<a href="trial/README.md">trial</a>' in committed and "First engines" in committed
     assert "nothing-in-it" not in committed
+    row = committed.partition("slices/README.md")[2].partition("</tr>")[0]
+    assert "One matrix in two slices" in row and "2026-11-20 01:00" in row
+    assert re.findall(r"</svg>(\w+)</span> (\d+)", row) == [("unproven", "1"), ("pass", "1")]
     assert local.index(examples.NAME) < local.index("2026-11-22-smoke") < local.index("2026-11-21-smoke")
     grid = local.partition("Cells whose verdict changed")[2]
+    assert '<tr class="gone">' in grid and "XPASS: limitation gone" in grid
     assert "FLASH_ATTN" in grid and "2026-11-22-smoke<br>" in grid and "good: 2026-11-21-smoke" in grid

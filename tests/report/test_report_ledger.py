@@ -230,15 +230,22 @@ event = st.one_of(
     ),
     loose,
 )
-ledgers = st.tuples(st.lists(event, max_size=5), st.integers(0, 40))
+#: Bytes of a disk that lost its mind, as a line of their own between the others.
+garbage = st.none() | st.binary(max_size=30) | st.sampled_from([b"\xff\xfe\x00", b"{", b"\xed\xa0\x80", b'"\\ud800"'])
+ledgers = st.tuples(st.lists(event, max_size=5), st.integers(0, 40), garbage)
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-def check(reports, events, cut):
-    """Draw a ledger of `events` that lost its last `cut` bytes, beside the run that was there before."""
+def check(reports, events, cut, noise):
+    """Draw a ledger of `events` that lost its last `cut` bytes, beside the run that was there before.
+
+    `noise`, where there is some, stands in its middle.
+    """
     run_dir = reports / "runs" / "b"
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(one) + "\n" for one in events).encode()
+    lines = [json.dumps(one).encode() + b"\n" for one in events]
+    lines[len(lines) // 2 : len(lines) // 2] = [] if noise is None else [noise + b"\n"]
+    text = b"".join(lines)
     (run_dir / "ledger.ndjson").write_bytes(text[: len(text) - cut] if cut else text)
     page = report.write(run_dir).read_text()
     run = load(run_dir)

@@ -31,6 +31,14 @@ def test_one_fail_among_many_is_a_fail_and_comes_first():
     assert found.standing == "≠ declared pass"
 
 
+def test_an_error_hides_no_pass_and_is_counted_and_listed_first():
+    """As in the committed CPU run: 12 pass, 1 error, 8 refused as declared."""
+    found = together(*[("pass", "pass")] * 12, ("error", "pass"), *[("rejected", "rejected")] * 8)
+    assert (found.verdict, found.disagrees) == (Verdict.PASS, False)
+    assert found.note == "21 cells: 12 pass, 1 error, 8 rejected"
+    assert "/m12/" in found.cells[0]
+
+
 @pytest.mark.parametrize(
     ("pairs", "verdict", "declared", "disagrees"),
     [
@@ -39,7 +47,10 @@ def test_one_fail_among_many_is_a_fail_and_comes_first():
         ([("xpass", "xfail"), ("unproven", "pass")], "unproven", "pass", True),
         ([("xpass", "xfail"), ("pass", "pass")], "xpass", "xfail", True),
         ([("fail", "rejected"), ("pass", "pass")], "fail", "rejected", True),
-        ([("error", "pass"), ("pass", "pass")], "error", "pass", False),
+        ([("error", "pass"), ("pass", "pass"), ("rejected", "rejected")], "pass", "pass", False),
+        ([("error", "pass"), ("rejected", "rejected")], "error", "pass", False),
+        ([("error", "pass"), ("xfail", "xfail")], "xfail", "xfail", False),
+        ([("error", "pass"), ("skip", "pass")], "error", "pass", False),
         ([("error", "pass"), ("flaky", "pass")], "flaky", "pass", True),
         ([("xfail", "xfail"), ("pass", "pass")], "xfail", "xfail", False),
         ([("skip", "pass"), ("rejected", "rejected")], "rejected", "rejected", False),

@@ -1,0 +1,59 @@
+"""The oracle's statistics against their bounds: the nearest first, the others and those without a bound apart."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from harness.report import drawing
+from harness.report.table import nearness
+from harness.report.text import escaped, number
+from harness.result import Statistic
+
+#: Statistics that stand beside the curve; the others are one click away.
+_NEAR = 10
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Rows of a table: name, value, 95 % interval, bound, drawing, n. `notes` are told below it, by their number."""
+
+    count: int
+    rows: Markup
+    notes: list[str]
+
+
+def by_nearness(statistics: Sequence[Statistic]) -> tuple[Lines, Lines]:
+    """Those nearest to their bound, with all beyond it, and the others; a value that is no number comes first."""
+    ranked = sorted(statistics, key=_share, reverse=True)
+    bounded = [one for one in ranked if one.bound is not None]
+    shown = max(_NEAR, sum(_share(one) > 1 for one in bounded))
+    return _lines(bounded[:shown]), _lines(bounded[shown:] + [one for one in ranked if one.bound is None])
+
+
+def _share(one: Statistic) -> float:
+    found = nearness([one])
+    if found is None:
+        return -math.inf if one.bound is None else math.inf
+    return found
+
+
+def _lines(statistics: Sequence[Statistic]) -> Lines:
+    notes = list(dict.fromkeys(one.note for one in statistics if one.note))
+    told = escaped([text for one in statistics for text in _texts(one)])
+    rows = [
+        f'<tr><th scope="row">{name}{f" <sup>{notes.index(one.note) + 1}</sup>" if one.note else ""}</th>'
+        f'<td class="n">{value}</td><td class="n">{interval}</td><td class="n">{bound}</td>'
+        f'<td>{drawing.against_bound(one)}</td><td class="n">{one.n:,}</td></tr>'
+        for one, name, value, interval, bound in zip(
+            statistics, told[::4], told[1::4], told[2::4], told[3::4], strict=True
+        )
+    ]
+    return Lines(count=len(statistics), rows=Markup("".join(rows)), notes=notes)
+
+
+def _texts(one: Statistic) -> tuple[str, str, str, str]:
+    interval = f"{number(one.low)} to {number(one.high)}" if one.low is not None and one.high is not None else ""
+    bound = "none" if one.bound is None else f"{number(one.bound)} {one.unit}".strip()
+    return one.name, f"{number(one.value)} {one.unit}".strip(), interval, bound
