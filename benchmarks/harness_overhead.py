@@ -20,7 +20,7 @@ from harness import ledger
 
 REPEATS = 5  # of `--list`: others use the processor too
 #: Phases in which the harness waits for a server or measures with it, or for what others hold.
-_WAITING = ("start", "workload", "null band", "stop", "lease")
+_WAITING = ("imports", "start", "workload", "null band", "stop", "lease")
 
 
 def of_run(run_dir: Path) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from harness.chosen import Chosen
+from harness.durations import seconds_before
 from harness.frozen import content_hash
 from harness.hardware import Hardware
 from harness.interrupts import deaf
@@ -221,11 +222,10 @@ def shown(path: Path) -> str:
 def _progress(run_dir: Path, plan: Sequence[PlannedCell], jobs: int) -> "AbstractContextManager[Progress]":
     """How the run is shown: see `harness.progress`."""
     from harness.progress import shown as show
-    from harness.report.history import find_runs, seconds_by_cell
     from harness.runner import folder_name
 
     folders = {item.cell.id: run_dir / "cells" / folder_name(item.cell) for item in plan}
-    return show(run_dir, plan, jobs, seconds_by_cell(find_runs(RUNS.parent)), folders)
+    return show(run_dir, plan, jobs, seconds_before(RUNS.parent), folders)
 
 
 def _runner() -> Runner:

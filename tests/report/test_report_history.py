@@ -8,6 +8,7 @@ import shutil
 import examples
 
 from harness import cli, report
+from harness.durations import seconds_before
 from harness.report.history import find_runs, seconds_by_cell, tracks
 from harness.verdict import Verdict
 
@@ -91,6 +92,8 @@ def test_how_long_each_cell_took_last(tmp_path):
     # model 1.2, start 21.4 + TP, workload 14.8, judge 0.4, stop 2.1
     assert took[BY_VERDICT["fail"]] == 47.9
     assert BY_VERDICT["skip"] not in took
+    assert seconds_before(tmp_path) == took  # by a process of its own
+    assert seconds_before(tmp_path / "none") == {}
 
 
 def test_no_runs_at_all(tmp_path, capsys):
