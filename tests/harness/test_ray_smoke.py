@@ -20,7 +20,7 @@ from harness.transcript import Transcript
 from harness.verdict import Verdict
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 QUIET = {"progress": lambda line: None, "localise": False}
 
@@ -111,6 +111,7 @@ def test_smoke_on_three_nodes_of_which_one_is_killed_says_what_local_says(cluste
         assert (here.kv_cache_tokens, len(here.proof)) == (there.kv_cache_tokens, len(there.proof))
 
 
+@pytest.mark.nightly
 def test_a_server_spans_two_nodes_by_vllm_s_own_start_and_every_rank_proves_its_path(cluster, tmp_path):
     from harness.executors.ray import RayExecutor
 
