@@ -147,14 +147,15 @@ def make_workload(
 
     for length, why in sorted(boundaries(tp, block, budget.thorough).items()):
         if fits(length, budget.boundary):
-            # Short ones go alone, which shows a batch of one; longer ones together, which saves time.
-            alone = length <= 2 * tp
+            # A few go alone, which shows a batch of one; the others together, which saves time: ranks that share few
+            # cores take as long for a step of one row as for a step of twenty.
+            alone = length in (1, tp, tp + 1)
             add("boundary", why, length, budget.boundary, batch=0 if alone else BOUNDARY_BATCH)
     add("decode", f"decode of {budget.decode} tokens crosses owners and blocks", 7, budget.decode)
     long = min(LONG[0], max_model_len - budget.batched)
     why = f"{long} tokens: many blocks on every rank, several prefill chunks where chunks are small"
-    add("long", why, long, budget.batched, words="long")
-    add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.batched, words="long")
+    add("long", why, long, budget.boundary, words="long")
+    add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.boundary, words="long")
     for length in LONG[1:] if budget.thorough else ():
         if fits(length, budget.batched) and length <= (longest or length):
             add("long", f"{length:,} tokens: defects that only long contexts show", length, budget.batched)
