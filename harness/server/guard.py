@@ -79,15 +79,23 @@ def scratch_prefix(guard: int) -> str:
 def sweep(shared: set[str], born: float) -> None:
     """Remove this shared memory, and orphans of the known names that are younger than `born` (seconds of the epoch).
 
-    A file that any living process still maps belongs to someone else and stays.
+    A file that any living process still maps belongs to someone else and stays. What is there is listed before its
+    users are looked for: what another server makes meanwhile is not in the list.
     """
+    there = [(path, status) for path in Path(SHM).iterdir() if (status := _status(path))]
     living = set().union(*(shared_memory(pid) for pid in psutil.pids()))
-    for path in Path(SHM).iterdir():
-        with contextlib.suppress(OSError):
-            status = path.stat()
-            orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= born - 1
-            if (str(path) in shared or orphan) and str(path) not in living:
+    for path, status in there:
+        orphan = ORPHAN.match(path.name) and status.st_uid == os.getuid() and status.st_ctime >= born - 1
+        if (str(path) in shared or orphan) and str(path) not in living:
+            with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -100,15 +108,15 @@ def _alive(process: psutil.Process) -> bool:
 def shared_memory(pid: int) -> set[str]:
     """Paths in /dev/shm that process `pid` maps or holds open; none when it is gone or another user's."""
     found: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if SHM in line:
-                found.add(line[line.index(SHM) :].removesuffix(" (deleted)"))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # before the maps: a file is mapped first and closed then
         for entry in os.scandir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 if (target := os.readlink(entry.path)).startswith(SHM):
                     found.add(target.removesuffix(" (deleted)"))
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if SHM in line:
+                found.add(line[line.index(SHM) :].removesuffix(" (deleted)"))
     return found
 
 
