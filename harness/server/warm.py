@@ -70,7 +70,8 @@ class WarmGuard:
             told = os.read(self._status, 16)
             self.returncode = int(told) if told else _LOST
             os.close(self._status)
-            if self._handle is not None:
+            if self._handle is not None:  # it has said all; what it holds is free once it is gone
+                select.select([self._handle], [], [], 5.0)
                 os.close(self._handle)
         return self.returncode
 
