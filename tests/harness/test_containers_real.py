@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import stand_in
 from docker_daemon import cli, daemon
+from same_answers import same
 
 from harness import images
 from harness.cell import Cell, Mode
@@ -101,22 +102,3 @@ def given(log: Path) -> str:
     """The arguments as the server itself understood them, but for what is of its place."""
     told = next(line for line in log.read_text().splitlines() if "non-default args: " in line)
     return OWN.sub("", told.partition("non-default args: ")[2])
-
-
-#: Between two runs, prompts of a batch meet in other steps, which rounds their sums otherwise (fp32, nats).
-BATCHED = 1e-4
-
-
-def same(inside: Transcript, outside: Transcript) -> None:
-    """Equal in every token; in every bit where the prompt went alone, else within the rounding of other batches."""
-    assert inside.workload_key == outside.workload_key and inside.counts == outside.counts
-    alone = 0
-    for ours, theirs in zip(inside.answers, outside.answers, strict=True):
-        assert [step.token_id for step in ours.steps] == [step.token_id for step in theirs.steps], ours.prompt
-        if ours.batch == 0:
-            assert ours == theirs
-            alone += len(ours.steps)
-        for a, b in zip(ours.steps, theirs.steps, strict=True):
-            assert abs(a.logprob - b.logprob) < BATCHED
-            assert all(abs(a.top[token] - b.top[token]) < BATCHED for token in a.top.keys() & b.top.keys())
-    assert alone > 100
