@@ -72,12 +72,17 @@ def serve(
     room: Room | None,
     place: Place | None,
 ) -> Served:
-    """One attempt at `cell` on this host, in a folder that is gone afterwards.
+    """One attempt at `cell` on this host, in a folder that is gone afterwards."""
+    executor = LocalExecutor(limits, place or make_place(runtime), Host(room) if room else Host())
+    return attempt_here(executor, cell, follow, ask)
+
+
+def attempt_here(executor: LocalExecutor, cell: Cell, follow: Transcript | None, ask: bool) -> Served:
+    """What `executor` makes of `cell` in a folder that is gone afterwards.
 
     Ray cancels a task by raising KeyboardInterrupt in it: the server is then stopped on the way out.
     """
     with tempfile.TemporaryDirectory(prefix="helix-cell-") as scratch:
-        executor = LocalExecutor(limits, place or make_place(runtime), Host(room) if room else Host())
         folder = Path(scratch) / "cell"
         try:
             attempt = executor.attempt(cell, folder, follow, ask)

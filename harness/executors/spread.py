@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.cell import Cell
-from harness.executors.lent import Served, files_of
+from harness.executors.lent import Served, attempt_here, files_of
 from harness.executors.local import LocalExecutor
 from harness.frozen import Frozen
 from harness.lease import Host, Lease, Ticket
@@ -107,15 +107,8 @@ def lead(
     place: Place | None,
 ) -> Served:  # fmt: skip
     """As `lent.serve`, on host 0 of several."""
-    with tempfile.TemporaryDirectory(prefix="helix-cell-") as scratch:
-        executor = _First(part, limits, place or make_place("process"), Host(room) if room else Host())
-        folder = Path(scratch) / "cell"
-        try:
-            attempt = executor.attempt(cell, folder, follow, ask)
-        except KeyboardInterrupt:
-            executor.end_all()
-            raise
-        return Served(attempt=attempt, files=files_of(folder), host=os.uname().nodename)
+    executor = _First(part, limits, place or make_place("process"), Host(room) if room else Host())
+    return attempt_here(executor, cell, follow, ask)
 
 
 def follow_along(
