@@ -105,7 +105,7 @@ class Starter:
     def ready(self, cancel: threading.Event) -> bool:
         """Wait until all is imported, or `cancel` is set. False when it is not: servers are started without it then."""
         with self._lock:
-            while not self._ready and not cancel.is_set():
+            while not self._ready and not cancel.is_set() and self._ours.fileno() >= 0:  # closed meanwhile: never
                 if select.select([self._ours], [], [], 0.2)[0]:
                     if not self._ours.recv(_MOST):
                         break
@@ -141,7 +141,8 @@ class Starter:
 
     def close(self) -> None:
         """End the warm process; servers that it started live on."""
-        self._ours.close()
+        with self._lock:  # nobody waits for an answer on it
+            self._ours.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
