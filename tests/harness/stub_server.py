@@ -19,7 +19,7 @@ COUNTED = [0, 7, 0]  # tokens generated, from the prefix cache, preemptions
 def step(tokens: list[int], position: int) -> dict[int, float]:
     """Made-up top-20 logprobs that depend on all tokens so far."""
     first = (sum(tokens) + 7 * position) % VOCAB
-    return {(first + rank) % VOCAB: -0.2 - 1.9 * rank for rank in range(20)}
+    return {(first + rank) % VOCAB: -2.0 * rank or -0.2 for rank in range(20)}
 
 
 def completion(rows: list[tuple[int, dict[int, float]]]) -> dict:

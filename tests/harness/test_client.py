@@ -36,7 +36,11 @@ def test_answers_are_complete_and_forcing_imposes_them(running):
     assert [answer.prompt for answer in free.answers] == ["a", "bb", "ccc", "dddd"]
     # the stub's first token is the sum of the prompt: 3 + 1
     first = free.answers[0].steps[0]
-    assert first.token_id == 4 and first.top == {4: -0.2, 5: -2.0, 6: -4.0} and not free.answers[0].forced
+    assert (
+        first.token_id == 4
+        and first.top == {4: -0.2} | {4 + rank: -2.0 * rank for rank in range(1, 20)}
+        and not free.answers[0].forced
+    )
     chosen = [answer.model_copy(update={"steps": tuple(s.model_copy(update={"token_id": 9}) for s in answer.steps)})
               for answer in free.answers]  # fmt: skip
     forced = answer_all(running, CELL, workload(), "float32", free.model_copy(update={"answers": tuple(chosen)}))
