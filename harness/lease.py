@@ -13,9 +13,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from harness.gpus import GpuMemory, memory_of, visible
 from harness.need import Need, Room, host_cores, host_memory
@@ -24,6 +25,7 @@ from harness.need import Need, Room, host_cores, host_memory
 PORTS = range(21000, 29000)
 #: Seconds after which a lease that is waited for is kept free for who waits, so that small ones do not starve it.
 PATIENCE = 5.0
+_ROUNDING = 1e-6  # shares of a GPU that add up to a whole, in floating point
 _numbers = itertools.count()
 
 
@@ -41,16 +43,26 @@ def lease_folder() -> Path:
 
 
 class Lease:
-    """GPUs, cores, memory and a port on 127.0.0.1, held until `release`. `descriptor` is for the server's guard."""
+    """GPUs, cores, memory and a port on 127.0.0.1, held until `release`. `descriptor` is for the server's guard.
 
-    def __init__(self, need: Need, gpus: Sequence[str], path: Path, descriptor: int, resources: contextlib.ExitStack):
+    `before`: of each GPU, the memory in use before any server of those that share it now.
+    """
+
+    def __init__(
+        self,
+        need: Need,
+        before: Mapping[str, GpuMemory | None],
+        path: Path,
+        descriptor: int,
+        resources: contextlib.ExitStack,
+    ):
         self.need = need
-        self.gpus = tuple(gpus)
+        self.gpus = tuple(before)
         self.descriptor = descriptor
         self.port = 0
         self._path = path
         self._resources = resources
-        self._before = [memory_of(gpu) for gpu in self.gpus]
+        self._before = before
 
     def release(self, patience: float = 30.0) -> str | None:
         """Give everything back. Returns what is wrong with a GPU whose memory did not come free; that one stays leased,
@@ -71,11 +83,19 @@ class Lease:
         """(GPU, its memory now, its memory before) of each that is not as free as it was."""
         until = time.monotonic() + patience
         while True:
-            pairs = [(gpu, memory_of(gpu), before) for gpu, before in zip(self.gpus, self._before, strict=True)]
+            shared = self._shared()  # what others use there tells nothing about this server
+            pairs = [(gpu, memory_of(gpu), before) for gpu, before in self._before.items() if gpu not in shared]
             stuck = [(gpu, now, before) for gpu, now, before in pairs if now and before and not now.free_again(before)]
             if not stuck or time.monotonic() > until:
                 return stuck
             time.sleep(0.5)
+
+    def _shared(self) -> set[str]:
+        """GPUs of this lease that others hold parts of."""
+        if self.need.share >= 1.0:
+            return set()
+        with _one_at_a_time():
+            return {gpu for other in _held("lease", but=self._path) for gpu in other["gpus"]}
 
 
 class Host:
@@ -104,9 +124,12 @@ class Host:
         if lack := self.room.lacks(need):
             raise ValueError(lack)
         with _one_at_a_time():
-            others = [*_held("lease"), *_held("want", before=ticket.since, but=ticket.path)]
-            taken = {gpu for other in others for gpu in other["gpus"]} | _quarantined()
-            gpus = [gpu for gpu in self.room.gpus if gpu not in taken]
+            holders = _held("lease")
+            others = [*holders, *_held("want", before=ticket.since, but=ticket.path)]
+            taken = {gpu: sum(other["share"] for other in others if gpu in other["gpus"]) for gpu in self.room.gpus}
+            closed = _quarantined()
+            gpus = [gpu for gpu in self.room.gpus if gpu not in closed and taken[gpu] + need.share <= 1.0 + _ROUNDING]
+            gpus.sort(key=lambda gpu: -taken[gpu])  # a GPU that is shared already, so that others stay whole
             cores = self.room.cores - sum(other["cores"] for other in others)
             memory = self.room.memory_bytes - sum(other["memory"] for other in others)
             wanted = sum(other["waits_for"] for other in others)
@@ -115,9 +138,10 @@ class Host:
             resources = contextlib.ExitStack()
             try:
                 chosen = gpus[: need.gpus]
-                path, descriptor = _write("lease", need, chosen)
+                before = {gpu: _before(gpu, holders) for gpu in chosen}
+                path, descriptor = _write("lease", need, chosen, before=before)
                 resources.callback(os.close, descriptor)
-                lease = Lease(need, chosen, path, descriptor, resources)
+                lease = Lease(need, before, path, descriptor, resources)
                 lease.port = resources.enter_context(lease_port())
                 return lease
             except BaseException:
@@ -157,10 +181,23 @@ class Ticket:
             self.path = None
 
 
-def _write(kind: str, need: Need, gpus: Sequence[str], since: float = 0.0) -> tuple[Path, int]:
+def _before(gpu: str, holders: Sequence[dict]) -> GpuMemory | None:
+    """What was in use on `gpu` before any of those that hold a part of it now."""
+    told = [other["before"][gpu] for other in holders if gpu in other["before"]]
+    return GpuMemory(*min(told)) if told else memory_of(gpu)
+
+
+def _write(
+    kind: str,
+    need: Need,
+    gpus: Sequence[str],
+    since: float = 0.0,
+    before: Mapping[str, GpuMemory | None] = MappingProxyType({}),
+) -> tuple[Path, int]:
     """A locked file that says what is held, or waited for; and its descriptor."""
     held = {
-        "pid": os.getpid(), "cores": need.cores, "memory": need.memory_bytes, "gpus": list(gpus),
+        "pid": os.getpid(), "cores": need.cores, "memory": need.memory_bytes, "gpus": list(gpus), "share": need.share,
+        "before": {gpu: list(memory) for gpu, memory in before.items() if memory},
         "waits_for": need.gpus if kind == "want" else 0, "since": since,
     }  # fmt: skip
     path = lease_folder() / f"{kind}-{os.getpid()}-{next(_numbers)}.json"
@@ -192,11 +229,12 @@ def _held(kind: str, before: float = float("inf"), but: Path | None = None) -> l
 
 def _understood(record: object) -> dict:
     """What is held, as far as this version understands `record`; another version's may lack fields, or have more."""
-    known = {"cores": 0, "memory": 0, "gpus": [], "waits_for": 0, "since": 0.0}
+    known = {"cores": 0, "memory": 0, "gpus": [], "share": 1.0, "before": {}, "waits_for": 0, "since": 0.0}
     told = record if isinstance(record, dict) else {}
     numbers = {name: told[name] for name in known if isinstance(told.get(name), int | float)}
     gpus = told["gpus"] if isinstance(told.get("gpus"), list) else []
-    return {**known, **numbers, "gpus": [str(gpu) for gpu in gpus]}
+    before = told["before"] if isinstance(told.get("before"), dict) else {}
+    return {**known, **numbers, "gpus": [str(gpu) for gpu in gpus], "before": before}
 
 
 def _quarantine(gpu: str, before: GpuMemory) -> None:

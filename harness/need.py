@@ -15,12 +15,17 @@ CPU_SERVER_BYTES = 1 * GIB
 CPU_RANK_BYTES = GIB // 2
 _CACHE = "kv-cache-memory-bytes"
 _SHARE_GPU = ("share_gpu", True)
+_UTILIZATION = "gpu-memory-utilization"
 
 
 class Need(Frozen):
-    """GPUs and cores to have alone, and host memory. `why` is the arithmetic of the memory."""
+    """GPUs and cores, and host memory. `why` is the arithmetic of the memory.
+
+    `share`: how much of each GPU, as a fraction; what is left others may take. 1.0: the GPUs are had alone.
+    """
 
     gpus: int = 0
+    share: float = 1.0
     cores: int = 1
     memory_bytes: int = 0
     why: str = ""
@@ -47,7 +52,12 @@ def need_of(cell: Cell, cores: int) -> Need:
     """What `cell` takes of a host with `cores` cores. Ranks on a CPU share cores where there are fewer than ranks."""
     if cell.hardware != "cpu":
         gpus = 1 if _SHARE_GPU in cell.helix else cell.tp
-        return Need(gpus=gpus, cores=min(cell.tp, cores))
+        # A cell of one GPU that says how much it takes of it leaves the rest to others. Where ranks have GPUs of their
+        # own, these are theirs alone.
+        share = float(dict(cell.serve).get(_UTILIZATION, 1.0)) if gpus == 1 else 1.0
+        # Ranks that share a GPU wait for each other most of the time.
+        busy = -(-cell.tp // 2) if _SHARE_GPU in cell.helix else cell.tp
+        return Need(gpus=gpus, share=share, cores=min(busy, cores))
     cache = int(dict(cell.serve).get(_CACHE, GIB))
     rank = CPU_RANK_BYTES + cache
     why = f"{CPU_SERVER_BYTES / GIB:.1f} GiB + {cell.tp} ranks x {rank / GIB:.2f} GiB"

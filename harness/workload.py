@@ -31,7 +31,7 @@ REUSE_BATCH = 5
 ABORTED = ((40, 1), (150, 3), (220, 6))
 ABORTED_TOKENS = 1000
 #: Lengths of needle prompts, as far as they fit; beyond the first, one a KVP is asked, as they are slow.
-NEEDLE_LENGTHS = (600, 8000)
+NEEDLE_LENGTHS = (600, 8000, 64_000)
 #: No more seats than these are filled: the server of a GPU has hundreds.
 MOST_SEATS = 32
 FIRST_WORD = 4  # below are special tokens

@@ -108,16 +108,6 @@ _VLLM_0_32 = (
         "compute capability 8.0 to 12.1",
         # `FlashInferImpl` inherits lse_base_on_e = True, but its GQA kernels return base 2: its call sites say so.
         "2",
-        special=(
-            (
-                HELIX_GQA,
-                _LIMIT,
-                "not yet proven with Helix: its metadata builder plans with get_num_kv_heads(parallel_config), so with "
-                "the TP share of the KV heads and not the TPA share, and its GQA kernels return a base-2 LSE although "
-                "the class flag says base e",
-                "v1/attention/backends/flashinfer.py: FlashInferMetadataBuilder, is_lse_base_on_e=False at its calls",
-            ),
-        ),
     ),
     _Backend("TRITON_ATTN", False, _CUDA, "triton_attn.py", "a GPU", None),
     _Backend("FLEX_ATTENTION", False, _CUDA, "flex_attention.py", "a GPU", None),

@@ -105,6 +105,9 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
             env["TORCHDYNAMO_DISABLE"] = "1"
     else:
         env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # compiles for minutes at first use; we decode greedily
+        # Workers forked from what has imported vLLM, as `LLM(…)` does; `vllm serve` spawns, and imports three times in
+        # a row. vLLM goes back to spawn by itself where CUDA is initialised already.
+        env["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     if cell.stock and not cell.helix:
         env["VLLM_PLUGINS"] = ""  # not even loaded
     return env | dict(cell.env)

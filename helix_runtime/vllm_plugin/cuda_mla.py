@@ -9,6 +9,7 @@ Remove when: vLLM reports which combine ran, and how often.
 
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
+from helix_runtime.vllm_plugin.cuda_combine import combined
 
 
 def install() -> None:
@@ -21,8 +22,7 @@ def _init_combine(original):
         upstream = original(self, *args, **kwargs)
 
         def combine(partial_output, partial_lse, **lengths):
-            current().proof.ran("decode")
-            return upstream(partial_output, partial_lse, **lengths)
+            return combined("decode", upstream, partial_output, partial_lse, **lengths)
 
         return combine
 

@@ -89,7 +89,7 @@ class HeadOffByOne(Fault):
 
 @fault("lse-base-2")
 class LseBase2(Fault):
-    """Natural LSEs are merged as base 2 (as sglang#40903 and vllm#52796, the other way round)."""
+    """LSEs are merged in the other base (sglang#40903, vllm#52796): natural ones as base 2, FLASHINFER's as base e."""
 
     lse_base = "2"
 

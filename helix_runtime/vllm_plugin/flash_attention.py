@@ -14,6 +14,7 @@ from vllm.v1.attention.backends import flash_attn as upstream
 
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
+from helix_runtime.vllm_plugin.cuda_combine import combined
 from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
 
 _MODULE = "vllm.v1.attention.backends.flash_attn"
@@ -56,8 +57,7 @@ class _Counted:
         self.combine, self.phase = combine, "prefill"
 
     def __call__(self, *partial, **how):
-        current().proof.ran(self.phase)
-        return self.combine(*partial, **how)
+        return combined(self.phase, self.combine, *partial, **how)
 
 
 def _count_combine(impl) -> _Counted:

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends import flashinfer as upstream
 
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
+from helix_runtime.vllm_plugin.cuda_combine import combined
 from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
 
 _MODULE = "vllm.v1.attention.backends.flashinfer"
@@ -34,7 +35,7 @@ class _QueriesAreThere:
     """The DCP group as the backend's query gather sees it under Helix: every rank holds its group's queries already."""
 
     def all_gather(self, query: torch.Tensor, dim: int) -> torch.Tensor:
-        assert dim in (1, query.dim() - 2), dim
+        assert dim % query.dim() == query.dim() - 2, (dim, query.shape)  # heads
         return query
 
 
@@ -71,9 +72,7 @@ def _counted(phase: str, combine):
     """`combine` of upstream on the real group, counted as this phase's attention and combine."""
 
     def counted(partial_output, partial_lse, _group, **how):
-        proof = current().proof
-        proof.ran(phase)
-        return combine(partial_output, partial_lse, _real_group(), **how)
+        return combined(phase, combine, partial_output, partial_lse, _real_group(), **how)
 
     return counted
 

@@ -15,6 +15,7 @@ from helix_runtime.layout import Layout, LayoutError, resolve_layout
 from helix_runtime.vllm_plugin import cpu_platform, share_gpu
 from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
+from helix_runtime.vllm_plugin.cuda_combine import fault_problem
 from helix_runtime.vllm_plugin.faults import make_fault
 from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_unproved
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
@@ -119,8 +120,10 @@ def _admit_on_cuda(config, options: HelixOptions) -> None:
     )
     if refusal:
         raise HelixRefusal(refusal)
-    if options.fault or options.capture:
-        raise HelixRefusal("fault and capture exist for the CPU backends only; drop them from the helix options")
+    if options.fault and (problem := fault_problem(options.fault)):
+        raise HelixRefusal(problem)
+    if options.capture:
+        raise HelixRefusal("capture exists for the CPU backends only; drop it from the helix options")
     if options.overlap > 1:
         raise HelixRefusal(
             "overlap on CUDA is a library so far (helix_runtime.overlap), not wired into vLLM's CUDA backends, whose "

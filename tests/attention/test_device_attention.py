@@ -286,3 +286,63 @@ def test_a_captured_partial_follows_new_lengths_and_tables(name):
     expected, _ = shards.exact(0, torch.arange(77))
     close(output[0], expected)
     assert (lse[1] == -INF).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON"])
+def test_attention_pack_and_combine_replay_with_other_lengths_tables_and_batch_sizes(name):
+    """Two ranks' attention, pack, exchange and combine in one graph; then other lengths, blocks moved, fewer rows."""
+    from helix_runtime.combine import kernels
+
+    ranks, batch = 2, 4
+    shards = Shards([200, 130, 77, 260], heads=8, kv_heads=1, dim=128, kvp=ranks, interleave=16)
+    attention = [device.DeviceAttention(kernel(name, shards.scale)) for _ in range(ranks)]
+    query, table = shards.query.to(DEVICE), shards.table.to(DEVICE)
+    caches = [shards.cache(rank) for rank in range(ranks)]
+    lengths = [shards.local_lengths(rank) for rank in range(ranks)]
+    sends = None
+
+    def step():
+        nonlocal sends
+        partials = [attention[rank].partial(query, caches[rank], table, lengths[rank]) for rank in range(ranks)]
+        layout = PackedLayout.of(partials[0][0], ranks)
+        sends = sends or [torch.empty(layout.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(ranks)]
+        for send, (output, lse) in zip(sends, partials, strict=True):
+            kernels.pack(output, lse, layout.outputs(send), layout.lses(send))
+        merged = []
+        for rank in range(ranks):  # what the All-to-All would bring to `rank`
+            outputs = torch.stack([layout.outputs(send)[rank] for send in sends])
+            lses = torch.stack([layout.lses(send)[rank] for send in sends])
+            merged.append(kernels.combine(outputs, lses)[0])
+        return torch.cat(merged, 1)
+
+    step()  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+
+    def replay_and_check(now):
+        for rank in range(ranks):
+            local = [local_length(length, ranks, rank, shards.interleave) for length in now]
+            lengths[rank].copy_(torch.tensor(local, dtype=torch.int32))
+        for send in sends:
+            send.fill_(0xAB)
+        graph.replay()
+        torch.cuda.synchronize()
+        for row, length in enumerate(now):
+            if length:
+                close(found[row], shards.exact(row, torch.arange(length))[0])
+            else:
+                assert (found[row] == 0).all()
+
+    replay_and_check(shards.lengths)
+    replay_and_check([9, 130, 1, 17])  # shards of rank 1 become empty
+    replay_and_check([200, 31, 0, 0])  # a smaller batch: the rows behind it are padding
+    moved = torch.randperm(caches[0].shape[0], generator=torch.Generator().manual_seed(5))
+    for cache in caches:
+        cache.copy_(cache[torch.argsort(moved).to(DEVICE)].clone())
+    table.copy_(moved.to(torch.int32)[shards.table.long()])
+    replay_and_check(shards.lengths)
+    assert found.shape == (batch, 8, 128)

@@ -183,6 +183,33 @@ def test_a_gpu_that_keeps_its_memory_is_quarantined_until_it_is_free(monkeypatch
     assert host.take(Need(gpus=3)).release(patience=0.0) is None
 
 
+def test_cells_that_share_a_gpu_lie_side_by_side_up_to_the_whole_of_it():
+    host = Host(ROOM)
+    first, second = host.take(Need(gpus=1, share=0.6)), host.take(Need(gpus=1, share=0.4))
+    assert first.gpus == second.gpus == ("GPU-a",)
+    third, whole = host.take(Need(gpus=1, share=0.4)), host.take(Need(gpus=1))
+    assert (third.gpus, whole.gpus) == (("GPU-b",), ("GPU-c",))
+    assert host.take(Need(gpus=1)) is None  # of each GPU a part is held
+    for lease in (first, second, third, whole):
+        assert lease.release(patience=0.0) is None
+    assert host.take(Need(gpus=3)).release(patience=0.0) is None
+
+
+def test_memory_of_a_shared_gpu_is_asked_of_the_last_that_leaves_it(monkeypatch):
+    used = 1 * GIB
+    monkeypatch.setattr(leases, "memory_of", lambda gpu: GpuMemory(used, 80 * GIB))
+    host = Host(ROOM.model_copy(update={"gpus": ("GPU-a",)}))
+    first = host.take(Need(gpus=1, share=0.5))
+    used = 20 * GIB
+    second = host.take(Need(gpus=1, share=0.5))
+    assert first.release(patience=0.0) is None  # the other still computes there
+    told = second.release(patience=0.0)  # what was there before both of them is 1 GiB
+    assert "still uses 20.0 of 80.0 GiB" in told
+    assert host.take(Need(gpus=1, share=0.1)) is None
+    used = 1 * GIB
+    assert host.take(Need(gpus=1, share=0.1)).release(patience=0.0) is None
+
+
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
@@ -209,6 +236,11 @@ def test_what_cells_need():
     gpu = cell(4).model_copy(update={"hardware": "hopper"})
     assert need_of(gpu, 16).gpus == 4
     assert need_of(gpu.model_copy(update={"helix": (("share_gpu", True),)}), 16).gpus == 1
+    part = (("gpu-memory-utilization", 0.25),)
+    assert need_of(gpu.model_copy(update={"serve": part}), 16).share == 1.0
+    shared = need_of(gpu.model_copy(update={"serve": part, "helix": (("share_gpu", True),)}), 16)
+    assert (shared.gpus, shared.share, shared.cores) == (1, 0.25, 2)
+    assert need_of(gpu.model_copy(update={"serve": part, "tp": 1}), 16).share == 0.25
 
 
 def test_a_cell_beyond_the_host_is_skipped_with_what_is_compared_with_it():

@@ -7,13 +7,16 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
 
 from helix_runtime.proof import COUNTERS, ProofWriter
-from helix_runtime.vllm_plugin import flash_attention
+from helix_runtime.vllm_plugin import cuda_combine, flash_attention
+from helix_runtime.vllm_plugin.faults import NOTHING_ARMED
 
 
 @pytest.fixture
 def proof(monkeypatch):
     writer = ProofWriter(None, 0)
-    monkeypatch.setattr(flash_attention, "current", lambda: SimpleNamespace(helix=False, proof=writer))
+    context = SimpleNamespace(helix=False, proof=writer, armed=NOTHING_ARMED)
+    for module in (flash_attention, cuda_combine):
+        monkeypatch.setattr(module, "current", lambda: context)
     return writer
 
 

@@ -1,0 +1,59 @@
+"""The combine of a CUDA backend: counted for the proof of path, and with a deliberate defect around it if one is armed.
+
+On CUDA the backends' own combines run, so a fault can change what is sent (`partial`), the base of the LSE that the
+merge is told (`lse-base-2`), and what comes out (`merged`); the rest of `faults.py` lives in our CPU backends.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
+from helix_runtime.vllm_plugin.faults import FAULTS, NO_FAULT, NOTHING_ARMED, Fault, Site
+
+_POINTS = ("weights", "slots", "reads", "local_lengths", "partial", "replaces", "collectives", "merge", "merged")
+_HERE = ("partial", "merged")
+_RESTRICTIONS = ("batch", "single", "decode", "prefill", "rank", "call", "head")
+
+
+def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Tensor, *args, **how):
+    """`combine(output, lse, …)` of this rank's partial, output [T, H, D] and lse [T, H], counted as `phase`."""
+    context = current()
+    context.proof.ran(phase)
+    fault, site = _struck(context, phase, lse)
+    if fault is NO_FAULT:
+        return combine(output, lse, *args, **how)
+    output, lse = fault.partial(output, lse, site)
+    if fault.lse_base != "e":
+        how["is_lse_base_on_e"] = not getattr(combine, "keywords", {}).get("is_lse_base_on_e", True)
+    merged = combine(output.contiguous(), lse.contiguous(), *args, **how)
+    if isinstance(merged, tuple):
+        return fault.merged(merged[0], site).contiguous(), *merged[1:]
+    return fault.merged(merged, site).contiguous()
+
+
+def _struck(context: ContextParallel, phase: str, lse: torch.Tensor) -> tuple[Fault, Site | None]:
+    if context.armed is NOTHING_ARMED:
+        return NO_FAULT, None
+    site = Site(
+        layer=-1, kvp_rank=context.kvp_rank, requests=lse.shape[0], decode=phase == "decode",
+        reads_context=phase == "prefill", first_head=context.layout.query_heads_computed(context.rank).start,
+    )  # fmt: skip
+    return context.armed.at(site), site
+
+
+def fault_problem(spec: str) -> str | None:
+    """Why the fault `spec` cannot strike on CUDA, with what can, or None. The spec itself is known to be right."""
+    name, _, restrictions = spec.partition(":")
+    possible = sorted(known for known, kind in FAULTS.items() if _strikes_here(kind))
+    if name not in possible:
+        return f"fault {name} lives in the CPU backends; on CUDA: {', '.join(possible)}"
+    for when in restrictions.split(",") if restrictions else ():
+        if when.partition("=")[0] not in _RESTRICTIONS:
+            return f"fault {name} cannot be restricted to {when} on CUDA; allowed: {', '.join(_RESTRICTIONS)}"
+    return None
+
+
+def _strikes_here(kind: type[Fault]) -> bool:
+    changed = {point for point in _POINTS if getattr(kind, point) is not getattr(Fault, point)}
+    return changed <= set(_HERE) and bool(changed or kind.lse_base != Fault.lse_base)
