@@ -146,8 +146,8 @@ N tokens.
 many are. "over the point" is the largest logprob change over the 99.9 % point of the largest that a clean cell with as
 many steps has, which one clean cell in a thousand exceeds: above 1, the defect changes some output by more than
 rounding does. What statistics and bounds mean, and how often right servers alarm, is in [oracle.md](oracle.md). The
-ledgers behind the committed table, and more on what was not caught, are in
-[reports/2026-11-24-faults](../reports/2026-11-24-faults/README.md).
+ledger behind the committed table, and more on what was not caught, is in
+[reports/2026-11-26-faults](../reports/2026-11-26-faults/README.md).
 """
 
 
