@@ -19,7 +19,7 @@ from harness import ledger, report
 from harness.report.run import load
 from harness.verdict import Effect
 
-EVIDENCE = Path(__file__).parent.parent / "reports" / "2026-11-25-cpu"
+EVIDENCE = Path(__file__).parent.parent / "reports" / "2026-11-26-cpu"
 WORDS = ("h", "he", "hel", "helix", "helix-gqa i16", "", "nothing like it", "")
 CHOICES = (("verdict", "pass"), ("column", "Helix"), ("column", ""), ("verdict", ""))
 #: Milliseconds from the event to the layout that shows its effect, and until all rows far below are right as well.

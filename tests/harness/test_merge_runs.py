@@ -170,7 +170,7 @@ def test_a_folder_without_a_run_and_a_used_folder_are_refused(tmp_path, merged):
 
 def test_the_committed_cpu_and_h200_runs_are_one_matrix_with_both_columns(tmp_path, merged):
     """They were asked for other suites, which has to be allowed."""
-    runs = [ROOT / "reports" / name for name in ("2026-11-25-cpu", "2026-11-24-h200")]
+    runs = [ROOT / "reports" / name for name in ("2026-11-26-cpu", "2026-11-24-h200")]
     assert merged(*runs)[0] == 2
     _, run, _ = merged(*runs, allow=["suites"])
     judged = {one.cell.hardware for one in run.results if one.verdict not in ("skip", "error")}

@@ -233,8 +233,8 @@ def test_the_documented_notebook_runs(monkeypatch):
     (snippet,) = re.findall(r"```python\n(.*?)```", Path("docs/report.md").read_text(), re.DOTALL)
     found = {}
     exec(compile(snippet, "docs/report.md", "exec"), found)
-    assert len(found["cells"]) == len(json.loads(Path("reports/2026-11-25-cpu/results.json").read_text())["cells"])
-    assert set(found["runs"]["run"]) >= {"2026-11-25-cpu", "2026-11-24-h200"}
+    assert len(found["cells"]) == len(json.loads(Path("reports/2026-11-26-cpu/results.json").read_text())["cells"])
+    assert set(found["runs"]["run"]) >= {"2026-11-26-cpu", "2026-11-24-h200"}
 
 
 def test_the_page_names_nothing_to_load(run_dir):
