@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from helix_runtime.combine.all_to_all import heads_per_member
 from helix_runtime.combine.collectives import DIST, Collectives
-from helix_runtime.combine.merge import LseBase, accumulate_dtype, merge_lses, natural, scale_partial
+from helix_runtime.combine.merge import LseBase, accumulate_dtype, natural, scale_partial
 
 
 def all_gather_reduce_scatter_combine(
@@ -32,9 +32,7 @@ def all_gather_reduce_scatter_combine(
         lses[0] = lse
     else:
         collectives.all_gather(lses, lse, group=group)
-    # The own row is read back from what was gathered, so that weight and sum come from the same numbers.
-    merged_lse = merge_lses(lses)
-    share = scale_partial(partial_output, lses[rank], merged_lse)
+    share, merged_lse = scale_partial(partial_output, lses, rank)
     if members == 1:
         output = share
     else:

@@ -43,19 +43,19 @@ def merge_partials(outputs: torch.Tensor, lses: torch.Tensor, base: LseBase = "e
     return output.to(outputs.dtype), top + total.log()
 
 
-def merge_lses(lses: torch.Tensor) -> torch.Tensor:
-    """Natural-log lse [B, H] of partials' natural-log lses [N, B, H]: -inf where all are, NaN where any is not one."""
-    top = _finite_top(lses)
-    return top + (lses - top).exp().sum(0).log()
+def scale_partial(output: torch.Tensor, lses: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The share of partial `rank` in the merged output, unreduced: (share [B, H, D], merged lse [B, H]), both of the
+    dtype of `lses`. The shares of all partials sum to the merged output.
 
-
-def scale_partial(output: torch.Tensor, lse: torch.Tensor, merged_lse: torch.Tensor) -> torch.Tensor:
-    """One partial's share of the merged output, exp(lse - merged_lse) * output, unreduced, in the dtype of lse.
-
-    output: [B, H, D]; lse, merged_lse: [B, H], natural. The shares of all partials sum to the merged output.
+    output: [B, H, D] of partial `rank`; lses: [N, B, H] of all, natural. Its weight is exp(l - top) over the sum of
+    all, so that weights sum to 1 as closely as fp32 tells. exp(l - merged lse) would not: an LSE of 400 is rounded by
+    1.5e-5, and all weights with it.
     """
-    weight = (lse - merged_lse.masked_fill(merged_lse == float("-inf"), 0.0)).exp()
-    return _weighted(output, lse, weight)
+    top = _finite_top(lses)
+    weights = (lses - top).exp()
+    total = weights.sum(0)
+    weight = weights[rank] / total.masked_fill(total == 0, 1.0)
+    return _weighted(output, lses[rank], weight), top + total.log()
 
 
 def natural(lses: torch.Tensor, base: LseBase, dtype: torch.dtype) -> torch.Tensor:

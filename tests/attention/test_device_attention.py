@@ -129,7 +129,10 @@ def test_partials_of_every_rank_are_exact_and_merge_to_the_whole(name, heads, kv
 
 @pytest.mark.parametrize("heads", [16, 128] if GPU else [5, 16])
 @pytest.mark.parametrize("name", device.MLA_KERNELS)
-def test_latent_partials_are_exact(name, heads):
+def test_latent_partials_are_exact(name, heads, request):
+    if GPU and (name, heads) == ("FLASH_ATTN_MLA", 128):
+        why = "NaN where a shard holds one token, with NaN in the slots behind it; `choice` takes FLASHMLA there"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     shards = Shards([1, 90, 200], heads=heads, kv_heads=1, dim=576, value_dim=512, kvp=2, interleave=1)
     decode = kernel(name, shards.scale)
     for rank in range(2):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helix_runtime.attention import dense_attention_fp64
 from helix_runtime.combine import merge_partials
+from helix_runtime.combine.merge import scale_partial
 
 INF, NAN = float("inf"), float("nan")
 
@@ -172,3 +173,26 @@ def test_merging_in_two_steps_is_merging_at_once(members, cut, seed, empty):
     twice = merge_partials(*(torch.stack(parts) for parts in zip(*halves, strict=True)))
     for one, other in zip(merge_partials(outputs, lses), twice, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("height", [0.0, 12.0, 431.0, -2000.0])
+def test_the_shares_of_ag_rs_sum_to_the_merge_however_large_the_lses_are(height):
+    """A weight of exp(lse - merged lse) would be off by the rounding of an LSE of 431: 1.5e-5, for every head."""
+    generator = torch.Generator().manual_seed(3)
+    outputs = torch.randn(4, 50, 8, 16, generator=generator)
+    lses = height + 3 * torch.randn(4, 50, 8, generator=generator)
+    lses[2, :7] = -INF
+    shares = [scale_partial(outputs[rank], lses, rank) for rank in range(4)]
+    found, found_lse = sum(share for share, _ in shares), shares[0][1]
+    expected, expected_lse = merge_partials(outputs.double(), lses.double())
+    assert (found - expected).norm() <= 3e-7 * expected.norm()
+    torch.testing.assert_close(found_lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [NAN, INF])
+def test_shares_of_a_broken_lse_are_loud_and_of_empty_shards_nothing(broken):
+    ones = torch.ones(1, 1, 1)
+    share, lse = scale_partial(ones, column(0.0, broken), 0)
+    assert share.isnan().all() and lse.isnan().all()
+    share, lse = scale_partial(NAN * ones, column(-INF, -INF), 1)
+    assert (share == 0).all() and (lse == -INF).all()

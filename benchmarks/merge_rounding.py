@@ -1,30 +1,25 @@
-"""What the rounding of a merge changes: both formulas of `helix_runtime/combine` in fp32, emulated in torch, no server.
+"""What the rounding of a merge changes: two formulas in fp32, emulated in torch, without a server.
 
-    python reports/2026-11-26-cpu/merge_rounding.py
+    python -m benchmarks.merge_rounding
 
-a2a weighs a shard by its softmax over the LSEs. ag_rs weighs it by exp(lse - merged lse), and the merged LSE is rounded
-to fp32 first. Printed: the largest change, in nats, of a top-20 logprob against attention that is not sharded.
+Ours weigh a shard by its softmax over the LSEs. vLLM's `ag_rs` (`correct_attn_out`, and ours until 2026-11-26) weighs
+it by exp(lse - merged lse), and the merged LSE is rounded to fp32 first. Printed: the largest change, in nats, of a
+top-20 logprob against attention that is not sharded.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from harness.models import network
 from harness.models.recipe import find
-from helix_runtime.combine.merge import merge_lses
 
 MODELS = ("llama-retrieve-k2", "llama-retrieve-k3-q24", "llama-k2", "llama-k4")
 LENGTHS = (1, 3, 5, 17, 33, 64, 65, 100, 129, 200, 400)
 WEIGHTS = {
-    "a2a": lambda lses: lses.softmax(0),
-    "ag_rs": lambda lses: (lses - merge_lses(lses)).exp(),
-    "ag_rs, weights made to sum to 1": lambda lses: (one := (lses - merge_lses(lses)).exp()) / one.sum(0),
+    "softmax over the LSEs": lambda lses: lses.softmax(0),
+    "exp(lse - merged lse)": lambda lses: (lses - lses.logsumexp(0)).exp(),
 }
 torch.set_num_threads(1)
 
@@ -51,7 +46,7 @@ def main() -> None:
 
 
 def merged(weigh, largest):
-    """`network._merged` with the weights of one combine: partials of each shard by softmax, then weighed and summed."""
+    """`network._merged` with the weights of one formula: partials of each shard by softmax, then weighed and summed."""
 
     def merge(scores, values, sees, wound):
         outputs, lses = [], []
@@ -68,4 +63,5 @@ def merged(weigh, largest):
     return merge
 
 
-main()
+if __name__ == "__main__":
+    main()
