@@ -11,13 +11,12 @@ Upstream: vllm `v1/attention/backends/flashinfer.py`, whose combines are told ba
 Remove when: that backend takes Q/TPA heads.
 """
 
-import torch
 from vllm.v1.attention.backends import flashinfer as upstream
 
 from helix_runtime.vllm_plugin.compat import patch
-from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
+from helix_runtime.vllm_plugin.context_parallel import current
 from helix_runtime.vllm_plugin.cuda_combine import combined
-from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
+from helix_runtime.vllm_plugin.flashinfer_wrappers import OwnedHeads, QueriesAreThere
 
 _MODULE = "vllm.v1.attention.backends.flashinfer"
 _real_group = upstream.get_dcp_group
@@ -28,44 +27,7 @@ def install() -> None:
     patch(f"{_MODULE}:BatchDCPPrefillWrapper.__init__", _wrapper_init)
     patch(f"{_MODULE}:FlashInferImpl.__init__", _impl_init)
     patch(f"{_MODULE}:FlashInferImpl.do_kv_cache_update", _do_kv_cache_update)
-    patch(f"{_MODULE}:get_dcp_group", lambda original: lambda: _QueriesAreThere() if current().helix else original())
-
-
-class _QueriesAreThere:
-    """The DCP group as the backend's query gather sees it under Helix: every rank holds its group's queries already."""
-
-    def all_gather(self, query: torch.Tensor, dim: int) -> torch.Tensor:
-        assert dim % query.dim() == query.dim() - 2, (dim, query.shape)  # heads
-        return query
-
-
-class _OwnedHeads:
-    """FlashInfer's wrapper for new tokens, narrowed to the query heads that this rank owns and the KV heads they read.
-
-    `plan` gets Q/TP query heads (the builder's) and K/TPA KV heads (the layer's); `run` gets query [T, Q/TPA, D], key
-    and value [T, K/TPA, D], and returns (output [T, Q/TP, D], LSE [T, Q/TP] in base 2).
-    """
-
-    def __init__(self, wrapper, context: ContextParallel):
-        self._wrapper, self._context = wrapper, context
-
-    def __getattr__(self, name: str):
-        return getattr(self._wrapper, name)
-
-    def plan(self, *, num_qo_heads: int, num_kv_heads: int, **how) -> None:
-        heads = self._heads(num_qo_heads * self._context.kvp, num_kv_heads)
-        read = heads.stop - heads.start if isinstance(heads, slice) else len(heads)
-        self._wrapper.plan(num_qo_heads=num_qo_heads, num_kv_heads=read, **how)
-
-    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how):
-        owned = query.shape[1] // self._context.kvp
-        first = self._context.kvp_rank * owned
-        heads = self._heads(query.shape[1], key.shape[1])
-        mine = query[:, first : first + owned].contiguous()
-        return self._wrapper.run(mine, key[:, heads].contiguous(), value[:, heads].contiguous(), **how)
-
-    def _heads(self, num_heads: int, num_kv_heads: int) -> slice | list[int]:
-        return owned_kv_heads(num_heads, num_kv_heads, self._context.kvp, self._context.kvp_rank)
+    patch(f"{_MODULE}:get_dcp_group", lambda original: lambda: QueriesAreThere() if current().helix else original())
 
 
 def _counted(phase: str, combine):
@@ -94,7 +56,7 @@ def _wrapper_init(original):
         context = current()
         self._dcp_combine = _counted("prefill", self._dcp_combine)
         if context.helix:
-            self._new_tokens = _OwnedHeads(self._new_tokens, context)
+            self._new_tokens = OwnedHeads(self._new_tokens, context.kvp, context.kvp_rank)
 
     return __init__
 

@@ -1,0 +1,42 @@
+"""What stands in FLASHINFER's hook for a gather of queries and for the wrapper of new tokens. Needs torch alone."""
+
+import torch
+
+from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
+
+
+class QueriesAreThere:
+    """The DCP group as the backend's query gather sees it under Helix: every rank holds its group's queries already."""
+
+    def all_gather(self, query: torch.Tensor, dim: int) -> torch.Tensor:
+        assert dim % query.dim() == query.dim() - 2, (dim, query.shape)  # heads
+        return query
+
+
+class OwnedHeads:
+    """FlashInfer's wrapper for new tokens, narrowed to the query heads that this rank owns and the KV heads they read.
+
+    `plan` gets Q/TP query heads (the builder's) and K/TPA KV heads (the layer's); `run` gets query [T, Q/TPA, D], key
+    and value [T, K/TPA, D], and returns (output [T, Q/TP, D], LSE [T, Q/TP] in base 2).
+    """
+
+    def __init__(self, wrapper, kvp: int, kvp_rank: int):
+        self._wrapper, self._kvp, self._kvp_rank = wrapper, kvp, kvp_rank
+
+    def __getattr__(self, name: str):
+        return getattr(self._wrapper, name)
+
+    def plan(self, *, num_qo_heads: int, num_kv_heads: int, **how) -> None:
+        heads = self._heads(num_qo_heads * self._kvp, num_kv_heads)
+        read = heads.stop - heads.start if isinstance(heads, slice) else len(heads)
+        self._wrapper.plan(num_qo_heads=num_qo_heads, num_kv_heads=read, **how)
+
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how):
+        owned = query.shape[1] // self._kvp
+        first = self._kvp_rank * owned
+        heads = self._heads(query.shape[1], key.shape[1])
+        mine = query[:, first : first + owned].contiguous()
+        return self._wrapper.run(mine, key[:, heads].contiguous(), value[:, heads].contiguous(), **how)
+
+    def _heads(self, num_heads: int, num_kv_heads: int) -> slice | list[int]:
+        return owned_kv_heads(num_heads, num_kv_heads, self._kvp, self._kvp_rank)
