@@ -60,10 +60,16 @@ def count_tokens(
     slots: [T or more], -1 for what another rank owns and for padding. query_start_loc: [R + 1 or more], the rest equal
     to the number of real tokens T. positions: [T or more], of each token in its own sequence.
     """
+    group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
+    if slots.is_cuda:
+        from helix_runtime.token_count import count
+
+        counters = context.proof.on_device
+        count(counters.values, counters.names, slots, query_start_loc, positions, **group)
+        return
     proof, rows = context.proof, len(slots)
     proof.count("local_tokens", (slots >= 0).sum())
     proof.count("global_tokens", query_start_loc[-1])
-    group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
     real = torch.arange(rows, device=slots.device) < query_start_loc[-1]
     proof.count("misplaced_tokens", (misplaced(slots, positions[:rows], **group) & real).sum())
     ends = query_start_loc[1:]
