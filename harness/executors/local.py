@@ -1,5 +1,6 @@
 """Runs one cell as processes of this host: start, ask, stop. No verdicts here."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from harness.server.process import Limits, Server, ServerFailed
 from harness.transcript import Transcript
 from harness.workload import Workload, workload_of
 from helix_runtime.proof import RankProof, read_proofs
+
+SMALL_BATCH = 3  # of a baseline's second answer
 
 
 class Attempt(NamedTuple):
@@ -152,10 +155,20 @@ class LocalExecutor:
 
 
 def _answer_in_other_batches(server: Server, cell: Cell, workload: Workload) -> Transcript:
-    """The same prompts once more: what was asked alone goes together, what went together goes alone."""
-    prompts = tuple(prompt.model_copy(update={"batch": int(not prompt.batch)}) for prompt in workload.prompts)
-    answers = answer_all(server, cell, workload.model_copy(update={"prompts": prompts}), dtype_of(cell))
+    """The same prompts once more, in other batches."""
+    answers = answer_all(server, cell, in_other_batches(workload), dtype_of(cell))
     return answers.model_copy(update={"workload_key": workload.key})
+
+
+def in_other_batches(workload: Workload) -> Workload:
+    """`workload` where what was asked alone goes together, and what went together goes in threes: far smaller batches,
+    and not one request after the other, which takes minutes where ranks share a GPU."""
+    place = itertools.count()
+    prompts = tuple(
+        prompt.model_copy(update={"batch": 2 + next(place) // SMALL_BATCH if prompt.batch else 1})
+        for prompt in workload.prompts
+    )
+    return workload.model_copy(update={"prompts": prompts})
 
 
 def workload_for(cell: Cell) -> Workload:

@@ -6,13 +6,14 @@ import pytest
 from test_server import gone, launch, logged
 
 from harness.cell import Cell, Mode
-from harness.executors.local import LocalExecutor, dtype_of
+from harness.executors.local import SMALL_BATCH, LocalExecutor, dtype_of, in_other_batches
 from harness.lease import Host
 from harness.need import Room
 from harness.server.log import Cause
 from harness.server.place import Processes
 from harness.server.process import Limits
 from harness.transcript import Transcript
+from harness.workload import make_workload
 from helix_runtime.proof import ProofWriter
 
 CELL = Cell(
@@ -97,3 +98,21 @@ def test_a_server_that_is_to_be_refused_takes_one_core_however_many_ranks_it_nam
     assert host._need(many, ask=True).cores == 8 and host._need(many, ask=False).cores == 1
     on_gpus = many.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
     assert host._need(on_gpus, ask=False) == host._need(on_gpus, ask=True)
+
+
+def test_the_second_answer_is_asked_in_other_batches():
+    """What a prompt shares a batch with changes, nothing else; few go one after the other."""
+    workload = make_workload(tp=4, block=16, vocab=512, max_model_len=4096, seats=16)
+    other = in_other_batches(workload)
+    assert [p.model_copy(update={"batch": 0}) for p in other.prompts] == [
+        p.model_copy(update={"batch": 0}) for p in workload.prompts
+    ]
+
+    def companions(asked):
+        return {p.name: {q.name for q in asked.prompts if p.batch and q.batch == p.batch} for p in asked.prompts}
+
+    before, after = companions(workload), companions(other)
+    assert all(before[name] != after[name] for name in before)
+    together = [p.name for p in workload.prompts if p.batch]
+    assert {len(after[name]) for name in together[:-SMALL_BATCH]} == {SMALL_BATCH}
+    assert after["00-boundary-1"] == {p.name for p in workload.prompts if not p.batch}
