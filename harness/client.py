@@ -9,7 +9,7 @@ import httpx
 from harness.cell import Cell
 from harness.counts import read_counts, running
 from harness.server.log import Cause, Failure
-from harness.server.process import Server, ServerFailed
+from harness.server.process import ON_LOOPBACK, Server, ServerFailed
 from harness.transcript import Answer, Counts, Prompt, Step, Transcript
 from harness.workload import Workload
 
@@ -50,7 +50,7 @@ class _Asker:
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=0)
         timeout = httpx.Timeout(self.server.limits.request, connect=10.0)
         async with httpx.AsyncClient(
-            base_url=self.server.url, headers=self.server.headers, timeout=timeout, limits=limits
+            base_url=self.server.url, headers=self.server.headers, timeout=timeout, limits=limits, **ON_LOOPBACK
         ) as client:
             asking = asyncio.create_task(self._ask_in_order(client))
             watching = asyncio.create_task(_watch(self.server.check))

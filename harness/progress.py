@@ -22,7 +22,7 @@ from rich.table import Table
 from harness import ledger
 from harness.cell import Cell
 from harness.matrix import PlannedCell
-from harness.report.text import clean
+from harness.plain import clean
 from harness.verdict import TABLE, Effect, Verdict, effect_of
 
 Progress = Callable[[str], None]

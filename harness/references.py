@@ -4,11 +4,22 @@ import pickle
 import threading
 import zlib
 from collections import OrderedDict
+from typing import Any
 
 from harness.transcript import Transcript
 
 #: So many lie there unpacked; a baseline's dependents mostly run one after the other.
 _OPEN = 4
+
+
+def pack(value: object) -> bytes:
+    """Any of our own values, ten times as small as it is in memory, and exact: JSON has no infinities."""
+    return zlib.compress(pickle.dumps(value), 1)
+
+
+def unpack(packed: bytes) -> Any:
+    """What `pack` was given. For our own bytes only."""
+    return pickle.loads(zlib.decompress(packed))
 
 
 class References:
@@ -23,7 +34,7 @@ class References:
         return key in self._packed
 
     def __setitem__(self, key: str, transcript: Transcript | None) -> None:
-        packed = None if transcript is None else zlib.compress(pickle.dumps(transcript), 1)
+        packed = None if transcript is None else pack(transcript)
         with self._lock:
             self._packed[key] = packed
             self._open.pop(key, None)
@@ -40,7 +51,7 @@ class References:
             packed = self._packed.get(key)
         if packed is None:
             return None
-        transcript: Transcript = pickle.loads(zlib.decompress(packed))  # our own bytes, exact: JSON has no infinities
+        transcript: Transcript = unpack(packed)
         with self._lock:
             self._open[key] = transcript
             while len(self._open) > _OPEN:

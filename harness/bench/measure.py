@@ -24,7 +24,7 @@ from harness.need import Need, need_of
 from harness.server.launch import Launch
 from harness.server.log import Cause, Failure, kv_cache_tokens, read_log
 from harness.server.place import Place, Processes
-from harness.server.process import Limits, Server, ServerFailed
+from harness.server.process import ON_LOOPBACK, Limits, Server, ServerFailed
 
 CELL, BASELINE = "cell", "baseline"
 Progress = Callable[[str], None]
@@ -177,7 +177,7 @@ def undisturbed(launch: Launch) -> Launch:
 def capacity_of(server: Server, log: str) -> KvCapacity | None:
     """The KV cache as `/metrics` tells it; what a version leaves out there is taken from its log."""
     try:
-        reply = httpx.get(f"{server.url}/metrics", headers=server.headers, timeout=30)
+        reply = httpx.get(f"{server.url}/metrics", headers=server.headers, timeout=30, **ON_LOOPBACK)
     except httpx.TransportError:
         return None
     labels = cache_labels(reply.text)

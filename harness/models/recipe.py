@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -142,13 +144,32 @@ def cache_root() -> Path:
     return Path(os.environ.get("HELIX_CACHE") or Path.home() / ".cache" / "helix") / "models"
 
 
+def folder_of(made: Recipe) -> Path:
+    return cache_root() / f"{made.name}-{made.key}"
+
+
+def ensure_apart(name: str) -> Path:
+    """As `ensure`, in a process of its own where the model must be made: weights take as much memory as a harness.
+
+    OSError, with the last line of what went wrong.
+    """
+    target = folder_of(find(name))
+    if not target.is_dir():
+        command = [sys.executable, "-m", "harness.models", name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise OSError(f"{name} cannot be made: {said}")
+    return target
+
+
 def ensure(name: str) -> Path:
     """The folder of a recipe's model, made now if it is not there yet.
 
     Safe for concurrent makers: each builds a private folder and renames it; the first wins, the others use its.
     """
     made = find(name)
-    target = cache_root() / f"{made.name}-{made.key}"
+    target = folder_of(made)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from harness.cell import Cell
 from harness.executors.local import dtype_of
 from harness.oracle.band import Band, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
+from harness.references import pack, unpack
 from harness.transcript import Transcript
 
 TP_SIZE = "tp size"
@@ -19,17 +20,18 @@ class Bands:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.pairs: dict[str, list[NullPair]] = defaultdict(list)
+        self.pairs: dict[str, list[bytes]] = defaultdict(list)  # NullPairs, packed: a run may have hundreds
         self.measured: dict[str, Band] = {}
         self.problems: dict[str, str] = {}  # why a baseline has no band of its own
 
     def add(self, cell: Cell, kind: str, transcript: Transcript, other: Transcript) -> None:
         """Count the difference of baseline `cell`'s transcript to another of standard TP as null."""
-        self.pairs[cell.key].append(NullPair(kind, transcript, other))
+        self.pairs[cell.key].append(pack(NullPair(kind, transcript, other)))
         spread, shapes = measured_elsewhere(transcript.dtype, cell.model)
         name = f"of this run ({cell.model}, {transcript.dtype}, TP{cell.tp})"
         try:
-            band = calibrate(self.pairs[cell.key], name=name, model=cell.model, spread=spread, shapes=shapes)
+            pairs = [unpack(packed) for packed in self.pairs[cell.key]]
+            band = calibrate(pairs, name=name, model=cell.model, spread=spread, shapes=shapes)
         except ValueError as problem:
             self.problems[cell.key] = str(problem)
             return

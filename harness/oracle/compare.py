@@ -169,6 +169,7 @@ def _change(reference: Answer, answer: Answer, index: int, place: int) -> StepCh
     best = sorted(a.top.values(), reverse=True)
     there = b.logprob if a.token_id == b.token_id else b.top.get(a.token_id, -math.inf)
     loss = a.logprob - there if math.isfinite(a.logprob) and math.isfinite(there) else math.inf
+    rank = rank_of_best(a, b)
     return StepChange(
         prompt=reference.prompt,
         kind=reference.kind,
@@ -180,8 +181,8 @@ def _change(reference: Answer, answer: Answer, index: int, place: int) -> StepCh
         widest=widest(a, b),
         kl=divergence(a, b),
         margin=best[0] - best[1] if len(best) > 1 else math.inf,
-        same_best=rank_of_best(a, b) == 1,
-        rank=rank_of_best(a, b),
+        same_best=rank == 1,
+        rank=rank,
     )
 
 
@@ -225,4 +226,4 @@ def rank_of_best(a: Step, b: Step) -> int:
 
 
 def _finite(step: Step) -> bool:
-    return all(math.isfinite(value) for value in step.top.values())
+    return all(map(math.isfinite, step.top.values()))

@@ -1,14 +1,15 @@
 """The arithmetic of the oracle, on plain arrays: tails, levels, intervals. Nothing here knows a transcript.
 
-Every function is checked against hand-computed values and against scipy (`tests/harness/test_oracle_statistics.py`).
+Every function is checked against hand-computed values and against scipy (`tests/harness/test_oracle_statistics.py`). A
+run does without scipy.stats and scipy.optimize, which take 50 MB: what they call is scipy.special's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import special
 
 from harness.frozen import Frozen
 
@@ -45,14 +46,14 @@ class Tail(Frozen):
         shape, scale = self._law
         if rate >= self.share or scale <= 0:
             return self.threshold
-        return self.threshold + float(stats.genpareto.isf(rate / self.share, shape, scale=scale))
+        return self.threshold + scale * _pareto_point(rate / self.share, shape)
 
     def beyond(self, value: np.ndarray) -> np.ndarray:
         """The probability that one null step exceeds `value`; at most `share`, nothing is known below the threshold."""
         shape, scale = self._law
         if scale <= 0:
             return np.where(value < self.threshold, self.share, 0.0)
-        return self.share * stats.genpareto.sf(value - self.threshold, shape, scale=scale)
+        return self.share * _pareto_beyond((value - self.threshold) / scale, shape)
 
     def scaled(self, factor: float) -> "Tail":
         """The tail of the same values, each times `factor`."""
@@ -74,7 +75,7 @@ class Tail(Frozen):
             return float(weights @ np.minimum(1.0, steps * self.beyond(value / louder))) - rate
 
         wide = plain * math.exp(spread * float(nodes[-1]))
-        return float(optimize.brentq(excess_rate, plain, wide)) if excess_rate(plain) > 0 else plain
+        return _crossing(excess_rate, plain, wide) if excess_rate(plain) > 0 else plain
 
     def count_bound(self, point: float, rate: float, steps: int, spread: float = 0.0) -> int:
         """The number of `steps` null steps beyond `point` (above the threshold) that is passed with at most `rate`.
@@ -89,19 +90,39 @@ class Tail(Frozen):
         louder, weights = np.exp(spread * nodes), weights / weights.sum()
         exceedances = max(1.0, self.share * self.n)
         # Of an exponential whose mean was estimated from m values, m · estimate / mean is Gamma(m).
-        gammas = stats.gamma.ppf((np.arange(NODES) + 0.5) / NODES, exceedances) / exceedances
+        gammas = special.gammaincinv(exceedances, (np.arange(NODES) + 0.5) / NODES) / exceedances
         scales = self.excess * (1.0 - self.shape) / gammas
         above = np.maximum(0.0, point / louder - self.threshold)[:, None]
-        chance = self.share * stats.genpareto.sf(above, self.shape, scale=scales[None, :])
+        chance = self.share * _pareto_beyond(above / scales[None, :], self.shape)
 
         def rate_beyond(count: int) -> float:
-            return float(weights @ stats.binom.sf(count, steps, chance).mean(1))
+            # That a binomial exceeds `count` of `steps`, at least one of which stays out: an incomplete beta function.
+            return float(weights @ special.betainc(count + 1, steps - count, chance).mean(1))
 
         low, high = -1, steps  # beyond `low` too often, beyond `high` never
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if rate_beyond(middle) <= rate else (middle, high)
         return high
+
+
+def _pareto_point(rate: float, shape: float) -> float:
+    """What a generalised Pareto of scale 1 exceeds with probability `rate`."""
+    return float(-special.boxcox(rate, -shape))
+
+
+def _pareto_beyond(value: np.ndarray, shape: float) -> np.ndarray:
+    """The probability that a generalised Pareto of scale 1 exceeds `value`. One with a shape below 0 has an end."""
+    end = -1 / shape if shape < 0 else math.inf
+    return special.inv_boxcox(-np.clip(value, 0.0, end), -shape)
+
+
+def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
+    """Where `falling`, above 0 at `low` and not at `high`, is 0; on the far side of it, to 12 digits. Bisection."""
+    while high - low > 1e-12 * abs(high):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return high
 
 
 def fit_tail(values: Sequence[float], shape: float = 0.0, share: float = TAIL_SHARE) -> Tail:
@@ -137,13 +158,15 @@ class Shape(NamedTuple):
 
 def fit_shape(samples: Sequence[Sequence[float]], share: float = TAIL_SHARE) -> Shape:
     """The common shape of the tails of `samples`, each scaled by its own threshold. Maximum likelihood."""
+    from scipy.stats import genpareto  # for bands that are shipped; no run needs it
+
     found = []
     for values in samples:
         tail = fit_tail(values, share=share)
         exceedances = np.asarray(values, dtype=float) - tail.threshold
         found.append(exceedances[exceedances > 0] / tail.excess)
     together = np.concatenate(found)
-    shape = float(stats.genpareto.fit(together, floc=0)[0])
+    shape = float(genpareto.fit(together, floc=0)[0])
     return Shape(shape, abs(1 + shape) / math.sqrt(len(together)), len(together))
 
 
@@ -172,7 +195,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean = float(np.mean(values))
     if n < 2:
         return Interval(-math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * np.std(values, ddof=1) / math.sqrt(n))
     return Interval(mean - half, mean + half)
 
 
@@ -194,14 +217,14 @@ def bootstrap_interval(
 def exact_interval(hits: int, n: int, confidence: float = 0.95) -> Interval:
     """Clopper-Pearson interval of a share: `hits` of `n`."""
     tail = (1 - confidence) / 2
-    low = 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, n - hits + 1))
-    high = 1.0 if hits == n else float(stats.beta.ppf(1 - tail, hits + 1, n - hits))
+    low = 0.0 if hits == 0 else float(special.betaincinv(hits, n - hits + 1, tail))
+    high = 1.0 if hits == n else float(special.betaincinv(hits + 1, n - hits, 1 - tail))
     return Interval(low, high)
 
 
 def upper_share(hits: int, n: int, confidence: float = 0.95) -> float:
     """One-sided exact upper bound of a share: `hits` of `n`."""
-    return 1.0 if hits == n else float(stats.beta.ppf(confidence, hits + 1, n - hits))
+    return 1.0 if hits == n else float(special.betaincinv(hits + 1, n - hits, confidence))
 
 
 def level_bound(rate: float, error: float, degrees: float) -> float:
@@ -209,4 +232,4 @@ def level_bound(rate: float, error: float, degrees: float) -> float:
 
     Student's, because `error` is itself estimated with `degrees` degrees of freedom.
     """
-    return float(stats.t.isf(rate, degrees) * error)
+    return float(-special.stdtrit(degrees, rate) * error)

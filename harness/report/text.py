@@ -8,26 +8,10 @@ import zlib
 
 from markupsafe import Markup, escape
 
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-#: What XML 1.0 forbids, what only a terminal should see, and the controls that reorder text for the reader.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
-)
-
+from harness.plain import clean as clean
+from harness.plain import legal
 
 _RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
-
-
-def legal(text: str) -> str:
-    """`text` with every control, bidi or unpaired character as U+FFFD: legal in HTML, XML 1.0 and UTF-8."""
-    return _CONTROL.sub("�", text)
-
-
-def clean(text: str) -> str:
-    """`text` as a reader wants a log: without terminal escapes, lines ended by `\\n`, and otherwise `legal`."""
-    if text.isascii() and text.isprintable():
-        return text
-    return legal(_ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def fragment(**fields: str) -> str:

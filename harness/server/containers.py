@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.cell import Cell, python
 from harness.models.recipe import PREFIX
+from harness.need import need_of
 from harness.passed import passed
 from harness.server.container import GUARD_LABEL, PORT, identity
 from harness.server.launch import Launch, make_launch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 
 _KEY = "VLLM_API_KEY"
+#: A container may take so many times what its cell leased, which was measured without compilers and the page cache.
+MEMORY_SLACK = 2
 
 
 class NoDocker(ValueError):
@@ -23,16 +26,12 @@ class NoDocker(ValueError):
 
 
 class Containers:
-    """Servers run in images that `harness.images` built of this very code, one for CPU cells and one for GPU cells.
-
-    `memory`: a limit for each container, as Docker writes it.
-    """
+    """Servers run in images that `harness.images` built of this very code, one for CPU cells and one for GPU cells."""
 
     name = "docker"
 
-    def __init__(self, images: "dict[str, Built]", memory: str = ""):
+    def __init__(self, images: "dict[str, Built]"):
         self.images = images
-        self.memory = memory
 
     @classmethod
     def found(cls) -> "Containers":
@@ -78,7 +77,7 @@ class Containers:
         options = ["--image", image, "--port", str(port)]
         for option, values in (("--mount", mounts), ("--gpu", gpus), ("--env", sorted(env))):
             options += [word for value in values for word in (option, value)]
-        options += ["--memory", self.memory] if self.memory else []
+        options += ["--memory", limit] if (limit := memory_limit(cell)) else []
         guarded = {**{name: value for name, value in os.environ.items() if name not in env}, **env}
         return made.model_copy(
             update={
@@ -87,6 +86,14 @@ class Containers:
                 "guard": ("harness.server.container", *options),
             }
         )
+
+
+def memory_limit(cell: Cell) -> str:
+    """What a CPU cell's container may take, as Docker writes it; "" for a GPU cell, whose host memory is not leased.
+
+    One that takes far more than it leased is then out of memory by itself, and takes nobody along.
+    """
+    return f"{MEMORY_SLACK * leased // 2**20}m" if (leased := need_of(cell, cores=1).memory_bytes) else ""
 
 
 def _let_read(folder: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from harness.cell import Cell, Mode, python
 from harness.frozen import Frozen
-from harness.models import ensure
-from harness.models.recipe import PREFIX
+from harness.models.recipe import PREFIX, ensure_apart
 from harness.redact import is_secret
 
 FORCED_DECODE = "helix_runtime.vllm_plugin.forced_decode:ForcedDecode"
@@ -51,7 +50,7 @@ class Launch(Frozen):
 def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
     """The launch of `cell`; a recipe's model is made now if it is missing. `folder` is the cell's own, absolute."""
     recipe = cell.model.startswith(PREFIX)
-    model = str(ensure(cell.model)) if recipe else cell.model
+    model = str(ensure_apart(cell.model)) if recipe else cell.model
     name, api_key = f"helix-{secrets.token_hex(8)}", secrets.token_hex(16)
     proof_dir = None if cell.stock else folder / "proof"
     argv, given = _take_additional_config(cell.command(model))

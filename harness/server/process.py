@@ -20,6 +20,10 @@ from harness.server.launch import Launch, make_launch
 from harness.server.log import Cause, Failure, explain, kv_cache_tokens, read_log, tail
 from harness.server.strays import end_strays
 
+#: For clients of servers, which are on loopback: without TLS, whose certificates take each client 20 ms to load, and
+#: never through a proxy that the environment names, which could not reach them and would be told their keys.
+ON_LOOPBACK = {"verify": False, "trust_env": False}
+
 
 class Limits(Frozen):
     """Deadlines in seconds: until ready, for one request, from asking to stop until the kill."""
@@ -146,7 +150,7 @@ class Server:
 
     def _wait_ready(self) -> None:
         until = time.monotonic() + self.limits.start
-        with httpx.Client(base_url=self.url, headers=self.headers, timeout=5.0) as client:
+        with httpx.Client(base_url=self.url, headers=self.headers, timeout=5.0, **ON_LOOPBACK) as client:
             while not self._is_ours(client):
                 self.check()
                 if time.monotonic() > until:

@@ -283,6 +283,16 @@ def test_python_m_harness_is_the_same_program_and_needs_no_heavy_import():
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
+def test_what_a_run_holds_for_hours_is_without_heavy_imports():
+    code = (
+        "import sys, harness.cli, harness.progress, harness.runner\n"
+        "heavy = {'torch', 'vllm', 'pandas', 'duckdb', 'jinja2', 'scipy.stats', 'scipy.optimize'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_unit_passes_pytest_s_arguments_and_status_on(tmp_path):
     test = tmp_path / "test_x.py"
     test.write_text(

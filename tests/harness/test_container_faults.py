@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from stand_in import TINY
 from stub_host import Contained, Stubs, cell, number_of, play
 from test_containers import ours
-from test_faults_real import FAULTS, attempts, host, nothing_held, stubs
+from test_faults_real import FAULTS, a_stranger_on_the_first_port, attempts, host, nothing_held, stubs
 
 from harness import ledger
 from harness.server.containers import connect, remove_orphans
@@ -111,19 +110,8 @@ def test_a_container_that_never_is_ready_meets_its_deadline_twice(tmp_path):
 
 
 def test_a_port_that_is_taken_before_docker_publishes_it(tmp_path, monkeypatch):
-    strangers: list[socket.socket] = []
-    original = Contained.launch
-
-    def robbed(self, cell, folder, port, gpus):
-        if not strangers:
-            strangers.append(socket.create_server(("127.0.0.1", port)))
-        return original(self, cell, folder, port, gpus)
-
-    monkeypatch.setattr(Contained, "launch", robbed)
-    try:
+    with a_stranger_on_the_first_port(Contained, monkeypatch):
         found = run(tmp_path / "run", {1: ["well"]})
-    finally:
-        strangers[0].close()
     assert (found[1].verdict, found[1].attempts) == (Verdict.PASS, 2)
     assert attempts(tmp_path / "run", 1)[0] == ("error", "port in use")
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -47,6 +49,21 @@ def stubs(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@contextmanager
+def a_stranger_on_the_first_port(place: type[Stubs], monkeypatch) -> Iterator[None]:
+    """Somebody else takes the first port that is leased for a server of `place`, before the server binds it."""
+    launch = place.launch
+    with ExitStack() as strangers:
+
+        def robbed(self, cell, folder, port, gpus):
+            strangers.enter_context(socket.create_server(("127.0.0.1", port)))
+            monkeypatch.setattr(place, "launch", launch)
+            return launch(self, cell, folder, port, gpus)
+
+        monkeypatch.setattr(place, "launch", robbed)
+        yield
 
 
 def nothing_held() -> bool:
@@ -116,20 +133,9 @@ def test_a_retry_after_infrastructure_is_recorded_and_said(tmp_path):
 
 
 def test_a_port_that_is_taken_between_check_and_bind(tmp_path, monkeypatch):
-    """A stranger takes the leased port before the server binds it: first start lost, the second has another port."""
-    strangers: list[socket.socket] = []
-    original = Stubs.launch
-
-    def robbed(self, cell, folder, port, gpus):
-        if not strangers:
-            strangers.append(socket.create_server(("127.0.0.1", port)))
-        return original(self, cell, folder, port, gpus)
-
-    monkeypatch.setattr(Stubs, "launch", robbed)
-    try:
+    """The first start is lost, the second has another port."""
+    with a_stranger_on_the_first_port(Stubs, monkeypatch):
         found = play(tmp_path / "run", {1: ["well"]}, limits=Limits(start=20, request=3, stop=0.5))
-    finally:
-        strangers[0].close()
     assert (found[1].verdict, found[1].attempts) == (Verdict.PASS, 2)
     assert attempts(tmp_path / "run", 1)[0] == ("error", "port in use")
 

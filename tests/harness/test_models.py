@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from harness.models import RECIPES, ensure, shape
 from harness.models.card import measure
 from harness.models.forward import Forward
-from harness.models.recipe import Recipe, find, recipe
+from harness.models.recipe import Recipe, ensure_apart, find, recipe
 from harness.models.stream import Retrieval
 
 SMALL = Recipe(name="small", layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=64, vocab=64)
@@ -74,6 +74,15 @@ def test_concurrent_makers_share_one_folder(cache):
         maker.join()
     assert len(found) == 6 and len(set(found)) == 1
     assert [path.name for path in cache.iterdir()] == [found[0].name]  # no scratch folder is left
+
+
+def test_a_model_is_made_apart_once_and_what_went_wrong_is_said(cache, monkeypatch):
+    folder = ensure_apart("recipe:llama-k2")
+    made = folder.stat().st_mtime_ns
+    assert folder == ensure("llama-k2") == ensure_apart("llama-k2") and folder.stat().st_mtime_ns == made
+    monkeypatch.setenv("HELIX_CACHE", "/proc/no-place")
+    with pytest.raises(OSError, match=r"recipe:llama-k2 cannot be made: FileNotFoundError.*/proc/no-place"):
+        ensure_apart("recipe:llama-k2")
 
 
 def test_unknown_and_repeated_names_are_refused():

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from harness.oracle.statistics import (
     Interval,
@@ -38,6 +38,30 @@ def test_a_tail_is_scipys_generalised_pareto(shape):
     for rate in (1e-2, 1e-4, 1e-7):
         wanted = 2.0 + stats.genpareto.isf(rate / 0.1, shape, scale=0.5 * (1 - shape))  # mean scale / (1 - shape)
         assert tail.point(rate) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [-0.2, 0.0, 0.1])
+def test_bounds_are_those_of_scipys_distributions_and_root_finder(shape):
+    """The same sums over loudness, written with scipy.stats and scipy.optimize."""
+    tail = Tail(threshold=1e-5, share=0.1, excess=3e-6, shape=shape, n=800)
+    wide, scale = shape + 1 / 80, 3e-6 * (1 - shape)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    louder, weights = np.exp(0.2 * nodes), weights / weights.sum()
+
+    def rate_beyond(value: float) -> float:
+        beyond = 0.1 * stats.genpareto.sf(value / louder - 1e-5, wide, scale=scale)
+        return float(weights @ np.minimum(1.0, 400 * beyond))
+
+    wanted = optimize.brentq(lambda value: rate_beyond(value) - 1e-4, tail.point(1e-4 / 400), 1e-3, xtol=1e-20)
+    assert tail.bound(1e-4, 400, 0.2) == pytest.approx(wanted, rel=1e-9)
+
+    point = tail.point(1e-3)
+    scales = scale / (stats.gamma.ppf((np.arange(40) + 0.5) / 40, 80) / 80)
+    above = np.maximum(0.0, point / louder - 1e-5)[:, None]
+    chance = 0.1 * stats.genpareto.sf(above, shape, scale=scales)
+    rates = [float(weights @ stats.binom.sf(count, 400, chance).mean(1)) for count in range(400)]
+    for rate in (0.05, 1e-3, 1e-5, 1e-7):
+        assert tail.count_bound(point, rate, 400, 0.2) == next(n for n, found in enumerate(rates) if found <= rate)
 
 
 def test_the_spread_of_loudness_widens_a_bound_as_a_simulation_says():

@@ -2,9 +2,11 @@
 
 import pytest
 
+from harness.cell import Cell, Mode
 from harness.cli import UsageError
 from harness.hardware import Hardware
 from harness.images import Built
+from harness.need import need_of
 from harness.run import choose_runtime
 from harness.server.containers import Containers, NoDocker
 
@@ -52,3 +54,14 @@ def test_auto_takes_processes_where_something_lacks_and_says_what(found):
         choose_runtime("docker", [HOPPER])
     found(None)
     assert choose_runtime("auto", [HOPPER])[1].startswith("auto: no Docker daemon answers")
+
+
+def test_a_cpu_cells_container_may_take_twice_what_its_lease_holds_and_a_gpu_cells_any(monkeypatch, tmp_path):
+    monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
+    serve = (("kv-cache-memory-bytes", 2**26),)
+    cpu = Cell(mode=Mode.HELIX_GQA, backend="HELIX_CPU", hardware="cpu", model="recipe:llama-k4", tp=4, serve=serve)
+    gpu = Cell(mode=Mode.HELIX_GQA, backend="FLASH_ATTN", hardware="hopper", model="org/model", tp=4)
+    guards = [Containers({}).launch(cell, tmp_path / cell.key, 21000, ()).guard for cell in (cpu, gpu)]
+    limit = guards[0][guards[0].index("--memory") + 1]
+    assert limit == "6656m" and int(limit[:-1]) * 2**20 == 2 * need_of(cpu, cores=2).memory_bytes
+    assert "--memory" not in guards[1]

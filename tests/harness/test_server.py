@@ -76,6 +76,15 @@ def test_a_server_is_ready_then_gone(port, tmp_path):
         probe.bind(("127.0.0.1", port))
 
 
+def test_a_server_is_asked_without_the_proxy_of_the_environment(port, tmp_path, monkeypatch):
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with server("well", port, tmp_path) as running:
+        assert running.failure() is None
+
+
 def test_a_stubborn_tree_and_its_shared_memory_go(port, tmp_path):
     with server("stubborn", port, tmp_path):
         child = int(logged(tmp_path, r"child (\d+)"))
