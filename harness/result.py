@@ -42,13 +42,18 @@ class CurvePoint:
 
 
 class Difference(Frozen):
-    """One step at which cell and baseline disagree most: for the reader, side by side."""
+    """One step at which cell and baseline disagree most: for the reader, side by side.
+
+    `texts`: what the tokens of both lists say, by the model's tokenizer; empty where the judge had none, and in older
+    ledgers.
+    """
 
     prompt: str
     step: int
     position: int  # of the predicted token in the whole sequence
     baseline: tuple[tuple[int, float], ...]  # top-k, (token id, logprob), best first
     candidate: tuple[tuple[int, float], ...]
+    texts: tuple[tuple[int, str], ...] = ()  # (token id, text)
 
 
 @light

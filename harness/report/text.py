@@ -2,6 +2,7 @@
 
 import base64
 import glob
+import json
 import math
 import re
 import shlex
@@ -17,6 +18,7 @@ _CONTROL = re.compile(
 #: What is left of ASCII.
 _USUAL = bytes([9, 10, *range(32, 127)])
 
+_QUOTED = 24  # letters
 _RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
 
 
@@ -31,6 +33,12 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return legal(_ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def quoted(text: str) -> str:
+    """`text` in quotes, on one line and short: what a token says, its spaces and line ends to be seen."""
+    short = text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
+    return legal(json.dumps(short, ensure_ascii=False))
 
 
 def fragment(**fields: str) -> str:
