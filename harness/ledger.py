@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import lzma
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic_core import from_json
 
@@ -117,12 +119,12 @@ def find(run_dir: Path) -> Path:
     return packed if packed.exists() and not plain.exists() else plain
 
 
-def read_bytes(path: Path) -> bytes:
+def opened(path: Path) -> BinaryIO:
     """The ledger's lines, unpacked. OSError where it cannot be read, a damaged packed file included."""
     if path.suffix != ".xz":
-        return path.read_bytes()
+        return path.open("rb")
     try:
-        return lzma.decompress(path.read_bytes())
+        return io.BytesIO(lzma.decompress(path.read_bytes()))
     except lzma.LZMAError as problem:
         raise OSError(f"not a whole xz file: {problem}") from problem
 
@@ -131,27 +133,28 @@ def read(path: Path) -> tuple[list[dict], list[str]]:
     """(events, warnings). A torn last line, as a crash leaves it, is a warning, and so is any line that is no event."""
     events: list[dict] = []
     warnings: list[str] = []
-    lines = read_bytes(path).split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            event = _value(line)
-            if not isinstance(event, dict) or "event" not in event:
-                raise ValueError("no event")
-            events.append(event)
-        except ValueError as error:
-            torn = "torn last line" if number == len(lines) else f"not an event ({error})"
-            warnings.append(f"{path.name}:{number}: {torn}")
+    with opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                event = _value(line)
+                if not isinstance(event, dict) or "event" not in event:
+                    raise ValueError("no event")
+                events.append(event)
+            except ValueError as error:
+                torn = f"not an event ({error})" if line.endswith(b"\n") else "torn last line"
+                warnings.append(f"{path.name}:{number}: {torn}")
     return events, warnings
 
 
 def _value(line: bytes) -> object:
-    """pydantic's parser, which is several times as fast; json's for what only that accepts, as unpaired surrogates."""
+    """By pydantic's parser, which is several times as fast as json's. What only that accepts, as an unpaired surrogate,
+    is mended first: else it breaks whatever writes it."""
     try:
         return from_json(line)
     except ValueError:
-        return json.loads(line)
+        return from_json(json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace"))
 
 
 def results(events: list[dict]) -> list[CellResult]:

@@ -1,6 +1,7 @@
 """From what a run showed to the verdict of a cell. Pure: an attempt, the plan, the baseline; no processes."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from harness.cell import Cell
@@ -237,7 +238,7 @@ def between_starts(
     if seen.judgement is None:
         return seen._replace(reason=f"{seen.reason}; another start of it: {judgement.reason}")
     largest = tuple(
-        item.model_copy(update={"name": f"between two starts, {item.name}"})
+        replace(item, name=f"between two starts, {item.name}")
         for item in judgement.statistics
         if item.name.endswith("largest logprob change")
     )

@@ -2,11 +2,12 @@
 
 from harness.bench.result import BenchResult
 from harness.cell import Cell
-from harness.frozen import Frozen
+from harness.frozen import Frozen, light
 from harness.verdict import Effect, Verdict, effect_of
 
 
-class Statistic(Frozen):
+@light
+class Statistic:
     """One number of the oracle with its bound: `value` beyond `bound` means a difference; None bounds nothing.
 
     `low` and `high`: its 95 % interval, where it has one. `null`: the same number of standard TP against
@@ -24,7 +25,8 @@ class Statistic(Frozen):
     null: float | None = None
 
 
-class CurvePoint(Frozen):
+@light
+class CurvePoint:
     """KL of decode against the baseline on positions `low` to `high`, in nats, over `n` steps: mean and `worst` step.
 
     `null`: the null's mean there, None where it has no such positions; `band`: what no step may exceed.
@@ -40,16 +42,22 @@ class CurvePoint(Frozen):
 
 
 class Difference(Frozen):
-    """One step at which cell and baseline disagree most: for the reader, side by side."""
+    """One step at which cell and baseline disagree most: for the reader, side by side.
+
+    `texts`: what the tokens of both lists say, by the model's tokenizer; empty where the judge had none, and in older
+    ledgers.
+    """
 
     prompt: str
     step: int
     position: int  # of the predicted token in the whole sequence
     baseline: tuple[tuple[int, float], ...]  # top-k, (token id, logprob), best first
     candidate: tuple[tuple[int, float], ...]
+    texts: tuple[tuple[int, str], ...] = ()  # (token id, text)
 
 
-class Phase(Frozen):
+@light
+class Phase:
     """Wall-clock seconds of one phase of an attempt (model, start, workload, judge, stop); shown, never asserted."""
 
     name: str

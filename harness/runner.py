@@ -28,6 +28,7 @@ from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
 from harness.observe import Observation, between_starts, observe, with_capacity
 from harness.oracle.bands import AGAIN, BATCH, TP_SIZE, Bands
+from harness.oracle.texts import with_texts
 from harness.passed import computing
 from harness.references import References
 from harness.result import CellResult, Phase
@@ -392,7 +393,7 @@ class _Run:
             reason=seen.reason,
             baseline_id=item.baseline.id if item.baseline else None,
             statistics=judged.statistics if judged else (),
-            differences=judged.differences if judged else (),
+            differences=with_texts(judged.differences, item.cell.model) if judged else (),
             curve=judged.curve if judged else (),
             band=judged.band if judged else "",
             proof=tuple(dataclasses.asdict(proof) for proof in attempt.proofs) if attempt else (),

@@ -1,6 +1,7 @@
 """What a cell's run can mean, and what each meaning does to the exit status. The one table of verdicts."""
 
 from enum import StrEnum
+from functools import cache
 from typing import NamedTuple
 
 
@@ -64,6 +65,7 @@ CAUGHT = (Verdict.FAIL, Verdict.UNPROVEN)
 DECLARABLE = (Verdict.PASS, Verdict.XFAIL, Verdict.REJECTED, Verdict.SKIP)
 
 
+@cache
 def effect_of(declared: Verdict, observed: Verdict) -> Effect:
     """The part of one cell in the exit status.
 

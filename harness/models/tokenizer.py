@@ -2,6 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -11,8 +15,8 @@ def words(vocab: int) -> list[str]:
     return [*SPECIAL, *(f"w{index}" for index in range(len(SPECIAL), vocab))]
 
 
-def write_tokenizer(folder: Path, vocab: int, positions: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` for a word-level tokenizer of `vocab` entries."""
+def make_tokenizer(vocab: int) -> "Tokenizer":
+    """A word-level tokenizer of `vocab` entries."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,7 +25,12 @@ def write_tokenizer(folder: Path, vocab: int, positions: int) -> None:
     tokenizer = Tokenizer(WordLevel(vocab=table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, vocab: int, positions: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` for the tokenizer of `vocab` entries."""
+    make_tokenizer(vocab).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",

@@ -13,7 +13,9 @@ from pathlib import Path
 from harness.oracle.band import RUN_RATE, Band, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.oracle.judge import Judgement, judge
-from harness.result import Statistic
+from harness.oracle.texts import with_texts
+from harness.report.text import quoted
+from harness.result import Difference, Statistic
 from harness.transcript import Transcript
 from harness.verdict import Verdict
 
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         baseline, candidate = _read(options.baseline), _read(options.candidate)
         band = _band(options, baseline)
         found = judge(baseline, candidate, band, cells=options.cells, rate=options.rate)
+        told = with_texts(found.differences, options.model or _model(baseline.cell_id))
+        found = found.model_copy(update={"differences": told})
         if options.save_band:
             band.save(options.save_band)
     except (OSError, ValueError) as problem:
@@ -135,8 +139,8 @@ def as_text(verdict: Verdict, found: Judgement) -> str:
         lines += [
             "",
             f"prompt {difference.prompt}, step {difference.step}, position {difference.position}",
-            f"  baseline   {_tokens(difference.baseline)}",
-            f"  candidate  {_tokens(difference.candidate)}",
+            f"  baseline   {_tokens(difference.baseline, difference)}",
+            f"  candidate  {_tokens(difference.candidate, difference)}",
         ]
     return "\n".join(lines)
 
@@ -153,5 +157,6 @@ def _row(item: Statistic) -> tuple[str, ...]:
     )
 
 
-def _tokens(top: Sequence[tuple[int, float]]) -> str:
-    return "  ".join(f"{token}: {logprob:.5f}" for token, logprob in top)
+def _tokens(top: Sequence[tuple[int, float]], difference: Difference) -> str:
+    said = {token: f" {quoted(text)}" for token, text in difference.texts}
+    return "  ".join(f"{token}{said.get(token, '')}: {logprob:.5f}" for token, logprob in top)

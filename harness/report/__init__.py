@@ -7,7 +7,7 @@ report.index(reports)      reports/index.html over the committed evidence and th
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,18 +36,15 @@ def write(run_dir: Path, reports: Path | None = None) -> Path:
 def _write(run_dir: Path, reports: Path | None) -> Path:
     run = load(run_dir)
     table = tabulate(run)
-    _put(run_dir / store.NAME, store.parquet(run, table, store.digest_of(run_dir)))
+    _put(run_dir / store.NAME, [store.parquet(run, table, store.digest_of(run_dir))])
     past = past_of(run_dir, reports)
-    outputs = {
-        "results.json": machine.results_json(run, table),
-        "results.csv": machine.results_csv(table),
-        "junit.xml": junit.junit_xml(run),
-        "summary.md": markdown.summary(run, table, past.changes[0] if past.changes else None),
-        "badge.svg": badge.badge(run),
-        "index.html": page.render(run, table, run_dir, past),
-    }
-    for name, text in outputs.items():
-        _put(run_dir / name, text.encode())
+    with page.drawn(run, table, run_dir, past) as parts:
+        _put(run_dir / "results.json", machine.results_json(run, table))
+        _put(run_dir / "results.csv", [machine.results_csv(table).encode()])
+        _put(run_dir / "junit.xml", [junit.junit_xml(run).encode()])
+        _put(run_dir / "summary.md", [markdown.summary(run, table, past.changes[0] if past.changes else None).encode()])
+        _put(run_dir / "badge.svg", [badge.badge(run).encode()])
+        _put(run_dir / "index.html", parts)
     return run_dir / "index.html"
 
 
@@ -80,8 +77,9 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _put(path: Path, content: bytes) -> None:
+def _put(path: Path, content: Iterable[bytes]) -> None:
     """A reader never sees half a file."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_bytes(content)
+    with scratch.open("wb") as stream:
+        stream.writelines(content)
     scratch.replace(path)

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from markupsafe import Markup
 
 from harness.report import drawing
-from harness.report.table import nearness
+from harness.report.table import share
 from harness.report.text import escaped, number
 from harness.result import Statistic
 
@@ -26,17 +27,17 @@ class Lines:
 
 def by_nearness(statistics: Sequence[Statistic]) -> tuple[Lines, Lines]:
     """Those nearest to their bound, with all beyond it, and the others; a value that is no number comes first."""
-    ranked = sorted(statistics, key=_share, reverse=True)
-    bounded = [one for one in ranked if one.bound is not None]
-    shown = max(_NEAR, sum(_share(one) > 1 for one in bounded))
-    return _lines(bounded[:shown]), _lines(bounded[shown:] + [one for one in ranked if one.bound is None])
+    ranked = sorted([(_share(one), one) for one in statistics], key=itemgetter(0), reverse=True)
+    bounded = [one for _, one in ranked if one.bound is not None]
+    shown = max(_NEAR, sum(found > 1 for found, _ in ranked))
+    return _lines(bounded[:shown]), _lines(bounded[shown:] + [one for _, one in ranked if one.bound is None])
 
 
 def _share(one: Statistic) -> float:
-    found = nearness([one])
-    if found is None:
-        return -math.inf if one.bound is None else math.inf
-    return found
+    if one.bound is None:
+        return -math.inf
+    found = share(one.value, one.bound)
+    return found if found == found else math.inf
 
 
 def _lines(statistics: Sequence[Statistic]) -> Lines:

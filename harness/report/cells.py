@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from markupsafe import Markup
@@ -26,11 +28,11 @@ class _Work:
     def __init__(self, rows: Sequence[Row], results: dict[str, CellResult], run: Run, run_dir: Path | None, pack: bool):
         self.rows, self.results, self.run, self.run_dir, self.pack = rows, results, run, run_dir, pack
         self.logs = _logs(run_dir)
-
-    def render(self, start: int, stop: int) -> list[str]:
         # Macros: a template's own context for each cell takes longer than the cell.
-        row_of = environment().get_template("row.html.j2").module.row
-        cell_of = environment().get_template("cell.html.j2").module.body
+        self.row_of = environment().get_template("row.html.j2").module.row
+        self.cell_of = environment().get_template("cell.html.j2").module.body
+
+    def render(self, start: int, stop: int) -> list[bytes]:
         found = []
         for row in self.rows[start:stop]:
             cell = row.result.cell
@@ -45,37 +47,41 @@ class _Work:
                 run_dir=self.run_dir,
                 whole_log=self.pack,
             )
-            html = cell_of(body)
+            html = self.cell_of(body)
             if self.pack:  # what is packed is legal, and long
-                head, tail = legal(row_of(row, "", _HERE)).split(_HERE)
-                found.append(f"{head}{packed(html)}{tail}")
+                head, tail = legal(self.row_of(row, "", _HERE)).split(_HERE)
+                found.append(f"{head}{packed(html)}{tail}".encode())
             else:
-                found.append(legal(row_of(row, html, "")))
+                found.append(legal(self.row_of(row, html, "")).encode())
         return found
 
 
 _work: _Work | None = None
 
 
-def render_cells(
+@contextmanager
+def drawn(
     rows: Sequence[Row], results: dict[str, CellResult], run: Run, run_dir: Path | None, pack: bool
-) -> list[str]:
-    """The HTML of each row, in order. `pack`: bodies travel compressed and are opened by the page's script."""
+) -> Iterator[Iterable[bytes]]:
+    """The HTML of each row, in order; many are drawn while the caller does something else.
+
+    `pack`: bodies travel compressed and are opened by the page's script.
+    """
     global _work
     work = _Work(rows, results, run, run_dir, pack)
     cores = min(len(os.sched_getaffinity(0)), 8)
     if len(rows) < _PARALLEL_FROM or cores == 1:
-        return work.render(0, len(rows))
+        yield work.render(0, len(rows))
+        return
     _work = work
     try:
         with multiprocessing.get_context("fork").Pool(cores) as pool:
-            parts = pool.map(_part, range(0, len(rows), _CHUNK), chunksize=1)
+            yield chain.from_iterable(pool.imap(_part, range(0, len(rows), _CHUNK)))
     finally:
         _work = None
-    return [html for part in parts for html in part]
 
 
-def _part(start: int) -> list[str]:
+def _part(start: int) -> list[bytes]:
     return _work.render(start, start + _CHUNK)
 
 

@@ -92,7 +92,7 @@ class Body:
     curve: Markup
     plot: Markup
     differences: list[SideBySide]
-    phases: list[tuple[str, str, str, Markup]]  # name, seconds, the baseline's, drawing
+    phases: Markup  # rows of a table: name, seconds, the baseline's where it is in this run, drawing
     kv: list[tuple[str, str, Markup]]  # whose, tokens, drawing
     kv_said: str
     measured: Measured | None
@@ -226,20 +226,19 @@ def _hardware(result: CellResult) -> str:
     return name if name.startswith(family) else f"{family} ({name})" if name else family
 
 
-def _phases(result: CellResult, baseline: CellResult | None) -> list[tuple[str, str, str, Markup]]:
+def _phases(result: CellResult, baseline: CellResult | None) -> Markup:
     """Seconds of each phase, with the baseline's below, on one scale."""
     other = {phase.name: phase.seconds for phase in baseline.phases} if baseline and baseline is not result else {}
     mine = [(phase.name, phase.seconds) for phase in result.phases]
     top = max((value for value in (*other.values(), *(took for _, took in mine)) if 0 <= value < 1e9), default=0.0)
-    return [
-        (
-            name,
-            seconds(took),
-            seconds(other[name]) if name in other else "–" if other else "",
-            drawing.pair(took, other.get(name), top),
-        )
-        for name, took in mine
-    ]
+    names = escaped([name for name, _ in mine])
+    rows = []
+    for label, (name, took) in zip(names, mine, strict=True):
+        theirs = seconds(other[name]) if name in other else "–" if other else ""
+        column = f'<td class="n">{theirs}</td>' if baseline else ""
+        drawn = drawing.pair(took, other.get(name), top)
+        rows.append(f'<tr><th scope="row">{label}</th><td class="n">{seconds(took)}</td>{column}<td>{drawn}</td></tr>')
+    return Markup("".join(rows))
 
 
 def _kv(result: CellResult, baseline: CellResult | None) -> list[tuple[str, str, Markup]]:

@@ -156,14 +156,17 @@ def _range(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
-def against_bound(statistic: Statistic) -> Markup:
-    """A bar of the value with a tick at the bound, on a linear scale from 0 to twice the bound (an arrow: beyond)."""
+def against_bound(statistic: Statistic) -> str:
+    """A bar of the value with a tick at the bound, on a linear scale from 0 to twice the bound (an arrow: beyond).
+
+    HTML, and not marked as such: a large run has hundreds of thousands.
+    """
     bound, value = statistic.bound, statistic.value
-    if bound is None or not _finite(bound) or _finite(value) is None:
-        return Markup("")
-    share = abs(value) / abs(bound) / 2
+    if not bound or not math.isfinite(bound) or not math.isfinite(value):
+        return ""
+    share = abs(value / bound) / 2
     arrow = '<path class="beyond" d="M112 1.5l8 6.5-8 6.5z"/>' if share > 1 else ""
-    return Markup(
+    return (
         '<svg class="bar" viewBox="0 0 120 16" aria-hidden="true"><rect class="track" y="5" width="120" height="6"/>'
         f'<rect class="value" y="5" width="{120 * share if share <= 1 else 110:.1f}" height="6"/>{arrow}'
         '<path class="tick" d="M60 1v14"/></svg>'

@@ -1,10 +1,12 @@
 """The run for other programs: `results.json` with a published schema, and a CSV."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+from pydantic_core import to_json
 
 from harness.frozen import Frozen
 from harness.models.sheet import ModelCard
@@ -46,7 +48,8 @@ class Results(Frozen):
     left_out: tuple[str, ...]
 
 
-def results_json(run: Run, table: pd.DataFrame) -> str:
+def results_json(run: Run, table: pd.DataFrame) -> Iterator[bytes]:
+    """Part by part, a cell at a time: a large run has a hundred megabytes of them."""
     by_id = {result.cell.id: result for result in run.results}
     kinds = dict(zip(table["id"], table["kind"], strict=True))
     value = Results(
@@ -58,15 +61,18 @@ def results_json(run: Run, table: pd.DataFrame) -> str:
         exit_status=run.exit_status,
         counts={str(verdict): int(count) for verdict, count in table["verdict"].value_counts().items()},
         matrix=tuple(square for matrix in matrices(table, by_id) for square in matrix.squares),
-        cells=tuple(
-            Entry(id=cell_id, key=result.cell.key, kind=kinds[cell_id], effect=result.effect, result=result)
-            for cell_id, result in by_id.items()
-        ),
+        cells=(),
         models=run.models,
         unfinished=run.unfinished,
         left_out=run.left_out,
     )
-    return value.model_dump_json() + "\n"
+    mark = b'"cells":[]'  # no square of the matrix is empty, and in a string the quotes would be escaped
+    head, tail = to_json(value, inf_nan_mode="null").split(mark)
+    yield head + mark[:-1]
+    for place, (cell_id, result) in enumerate(by_id.items()):
+        entry = Entry(id=cell_id, key=result.cell.key, kind=kinds[cell_id], effect=result.effect, result=result)
+        yield b"," * (place > 0) + to_json(entry, inf_nan_mode="null")
+    yield mark[-1:] + tail + b"\n"
 
 
 def results_csv(table: pd.DataFrame) -> str:

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from harness import ledger
 from harness.oracle.caught import rows_of as defects_of
-from harness.report.cells import render_cells
+from harness.report.cells import drawn as cells_drawn
 from harness.report.cellview import Row, row_of
 from harness.report.past import NOTHING, Past
 from harness.report.run import Run
@@ -38,8 +39,14 @@ class Group:
     cells: list[Row]
 
 
-def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Past = NOTHING) -> str:
-    """The page of `run`; `table` is its `harness.report.table.tabulate`, `run_dir` where its logs may be."""
+@contextmanager
+def drawn(
+    run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Past = NOTHING
+) -> Iterator[Iterable[bytes]]:
+    """The page of `run`, part by part; its cells are drawn while the caller does something else.
+
+    `table` is its `harness.report.table.tabulate`, `run_dir` where its logs may be.
+    """
     results = {result.cell.id: result for result in run.results}
     found = matrices(table, results)
     by_model = matrices(table, results, by="model")
@@ -84,9 +91,15 @@ def render(run: Run, table: pd.DataFrame, run_dir: Path | None = None, past: Pas
             script_hash=script_hash(script),
         )
     )
-    cells = render_cells(list(rows.values()), results, run, run_dir, pack=len(results) > PACK_ABOVE)
-    # Text of the ledger cannot hold this comment: it has been escaped.
-    return re.sub(r"<!--cell (\d+)-->", lambda mark: cells[int(mark[1])], legal(shell))
+    with cells_drawn(list(rows.values()), results, run, run_dir, pack=len(results) > PACK_ABOVE) as cells:
+        yield _filled(legal(shell), cells)
+
+
+def _filled(shell: str, cells: Iterable[bytes]) -> Iterator[bytes]:
+    """The page with its cells in their places. Text of the ledger cannot hold such a place: it has been escaped."""
+    found = list(cells)
+    for index, part in enumerate(re.split(r"<!--cell (\d+)-->", shell)):
+        yield found[int(part)] if index % 2 else part.encode()
 
 
 def _rows(run: Run, results: dict[str, CellResult], kinds: dict[str, str], past: Past) -> dict[str, Row]:

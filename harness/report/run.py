@@ -113,13 +113,12 @@ def read_events(path: Path) -> tuple[list[dict], list[str]]:
 
 
 def parse_result(record: object) -> CellResult:
-    """A result from its JSON value. `null` numbers of the oracle read as NaN, unpaired surrogates as U+FFFD.
+    """A result from its JSON value. `null` numbers of the oracle read as NaN.
 
     Raises ValueError with the first field that does not fit.
     """
     try:
         result = CellResult.model_validate(record)
-        result.model_dump_json()  # an unpaired surrogate validates, and breaks whatever writes it
     except (ValueError, RecursionError):
         result = _second_try(record)
     if result.kv_cache_tokens is not None and not 0 <= result.kv_cache_tokens < 2**63:
@@ -148,10 +147,8 @@ def _second_try(record: object) -> CellResult:
 
 
 def _mended(value: object, field: str = "") -> object:
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode() if not value.isascii() else value
     if isinstance(value, dict):
-        return {_mended(key): _mended(item, str(key)) for key, item in value.items()}
+        return {key: _mended(item, str(key)) for key, item in value.items()}
     if isinstance(value, list):
         return [_mended(item) for item in value]
     return math.nan if value is None and field in _NUMBERS else value

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from harness.report import drawing
-from harness.report.text import number
+from harness.report.text import escaped, number, quoted
 from harness.result import Difference
 
 
@@ -49,22 +49,26 @@ def _one(difference: Difference, first: bool) -> SideBySide:
 
 
 def _rows(difference: Difference) -> Markup:
-    """Only numbers go in, so nothing needs an escape: large runs have a million of these."""
+    """All but the texts are numbers, and need no escape."""
+    said = escaped([quoted(text) for _, text in difference.texts])
+    shown = {
+        token: f'<span class="said">{text}</span> {token}'
+        for (token, _), text in zip(difference.texts, said, strict=True)
+    }
     here, there = dict(difference.baseline), dict(difference.candidate)
+
+    def entry(token: int, logprob: float, other: dict[int, float]) -> str:
+        lone = "" if token in other else " lone"
+        return f'<td class="n{lone}">{shown.get(token, token)}</td><td class="n">{logprob:.4f}</td>'
+
     lines = []
     for place in range(max(len(difference.baseline), len(difference.candidate))):
         line = "<tr>"
-        if place < len(difference.baseline):
-            token, logprob = difference.baseline[place]
-            line += f'<td class="n{"" if token in there else " lone"}">{token}</td><td class="n">{logprob:.4f}</td>'
-        else:
-            line += "<td></td><td></td>"
+        line += entry(*difference.baseline[place], there) if place < len(difference.baseline) else "<td></td><td></td>"
         if place < len(difference.candidate):
             token, logprob = difference.candidate[place]
-            known = token in here
-            delta = f"{logprob - here[token]:+.4f}" if known else "only here"
-            line += f'<td class="n{"" if known else " lone"}">{token}</td><td class="n">{logprob:.4f}</td>'
-            line += f'<td class="n">{delta}</td>'
+            delta = f"{logprob - here[token]:+.4f}" if token in here else "only here"
+            line += f'{entry(token, logprob, here)}<td class="n">{delta}</td>'
         else:
             line += "<td></td><td></td><td></td>"
         lines.append(line + "</tr>")

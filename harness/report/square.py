@@ -17,6 +17,7 @@ Cells with a planted defect test the oracle, not Helix: they are in the list of 
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Literal, Self
 
 import pandas as pd
@@ -51,6 +52,7 @@ _MLA_NAMES = ("deepseek-v2", "deepseek-v3", "deepseek-r1", "kimi-k2", "mla")
 _SEEN = len(_DIFFERING) + _OTHERS.index(Verdict.PASS)
 
 
+@cache
 def severity(declared: Verdict, observed: Verdict) -> int:
     """What a reader of a list must see first; the smallest first."""
     if effect_of(declared, observed) is Effect.DIFFERS:

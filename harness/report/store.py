@@ -82,7 +82,8 @@ def parquet(run: Run, table: pd.DataFrame, digest: str) -> bytes:
 def digest_of(run_dir: Path) -> str:
     """SHA-256 of the run's ledger; of nothing where it cannot be read."""
     try:
-        return hashlib.sha256(ledger.read_bytes(ledger.find(run_dir))).hexdigest()
+        with ledger.opened(ledger.find(run_dir)) as lines:
+            return hashlib.file_digest(lines, "sha256").hexdigest()
     except OSError:
         return hashlib.sha256(b"").hexdigest()
 

@@ -101,15 +101,13 @@ def tabulate(run: Run) -> pd.DataFrame:
 
 
 def nearness(statistics: Iterable[Statistic]) -> float | None:
-    """The statistic nearest to its bound, as value / bound: above 1 is a difference. None where nothing is bounded.
-
-    A bound of 0 counts things that must not occur: 0 while none does, infinite from the first.
-    """
-    shares = [_share(one.value, one.bound) for one in statistics if one.bound is not None]
-    return max((share for share in shares if share == share), default=None)
+    """The statistic nearest to its bound, as value / bound: above 1 is a difference. None where nothing is bounded."""
+    shares = [share(one.value, one.bound) for one in statistics if one.bound is not None]
+    return max((one for one in shares if one == one), default=None)
 
 
-def _share(value: float, bound: float) -> float:
+def share(value: float, bound: float) -> float:
+    """value / bound. A bound of 0 counts things that must not occur: 0 while none does, infinite from the first."""
     if bound == 0:
         return 0.0 if value <= 0 else math.inf
     return value / bound if bound == bound else math.nan

@@ -2,6 +2,8 @@
 
 import base64
 import glob
+import json
+import math
 import re
 import shlex
 import zlib
@@ -11,7 +13,14 @@ from markupsafe import Markup, escape
 from harness.plain import clean as clean
 from harness.plain import legal
 
+_QUOTED = 24  # letters
 _RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
+
+
+def quoted(text: str) -> str:
+    """`text` in quotes, on one line and short: what a token says, its spaces and line ends to be seen."""
+    short = text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
+    return legal(json.dumps(short, ensure_ascii=False))
 
 
 def fragment(**fields: str) -> str:
@@ -36,7 +45,10 @@ def packed(text: str) -> str:
 
 def escaped(values: list[str]) -> list[str]:
     """Each value as HTML. One escape for all of them: large runs have millions."""
-    return str(escape("\0".join([value.replace("\0", "�") for value in values]))).split("\0") if values else []
+    joined = "\0".join(values)
+    if joined.count("\0") >= max(1, len(values)):
+        joined = "\0".join([value.replace("\0", "�") for value in values])
+    return str(escape(joined)).split("\0") if values else []
 
 
 def table_row(values: list[str]) -> Markup:
@@ -58,7 +70,7 @@ def plural(count: int, noun: str) -> str:
 
 def number(value: float) -> str:
     """A number for a reader: four significant digits, thousands grouped, `nan` and `inf` by name."""
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"

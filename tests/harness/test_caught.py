@@ -1,5 +1,7 @@
 """The table of deliberate defects: what a run's rows say, and what the exit status is."""
 
+from dataclasses import replace
+
 import pytest
 
 from harness.cell import Cell, Mode
@@ -42,14 +44,14 @@ def test_a_kl_counts_by_its_root():
 
 def test_how_far_a_defect_is_over_the_point_of_a_clean_cell():
     """Prefill 5e-5 over 4e-5 is 1.25; decode 3 over 6e-5 is 50,000. Only largest changes with a null count."""
-    fine, change = FINE.model_copy(update={"null": 4e-5}), CHANGE.model_copy(update={"null": 6e-5})
-    assert row(result(statistics=(fine, LOUD.model_copy(update={"null": 1e-9})))).over_point == pytest.approx(1.25)
+    fine, change = replace(FINE, null=4e-5), replace(CHANGE, null=6e-5)
+    assert row(result(statistics=(fine, replace(LOUD, null=1e-9)))).over_point == pytest.approx(1.25)
     assert row(result(statistics=(fine, change))).over_point == pytest.approx(50_000)
     assert row(result()).over_point is None
 
 
 def test_the_page_counts_what_is_over_the_point(tmp_path):
-    quiet, loud = FINE.model_copy(update={"null": 1e-4}), FINE.model_copy(update={"null": 4e-5})
+    quiet, loud = replace(FINE, null=1e-4), replace(FINE, null=4e-5)
     made = table([run_of(
         tmp_path / "a", result(statistics=(loud, CHANGE)), result(Verdict.PASS, (loud,), fault="swap-chunks"),
         result(Verdict.PASS, (quiet,), fault="lse-last-bit"),

@@ -81,13 +81,19 @@ def proof(of: Cell, ran: bool = True) -> tuple[dict, ...]:
     return tuple(ranks)
 
 
+#: What the tokens of `difference` say; one has no text.
+TEXTS = ((271, "\n\n"), (198, "\n"), (4097, " <b>"), (15, "0"), (902, "a" * 60))
+
+
 def difference(prompt: str, step: int, position: int, delta: float, swap: bool = False) -> Difference:
     base = [(271, -0.8123), (198, -1.2040), (4097, -2.6600), (15, -3.1002), (902, -4.4417)]
     moved = [(token, logprob - delta * (1 if index == 0 else 0.4)) for index, (token, logprob) in enumerate(base)]
     moved[-1] = (7733, -4.2)
     if swap:
         moved[0], moved[1] = (198, -0.61), (271, -0.8123 - delta)
-    return Difference(prompt=prompt, step=step, position=position, baseline=tuple(base), candidate=tuple(moved))
+    return Difference(
+        prompt=prompt, step=step, position=position, baseline=tuple(base), candidate=tuple(moved), texts=TEXTS
+    )
 
 
 def statistics(scale: float) -> tuple[Statistic, ...]:
@@ -345,7 +351,16 @@ def hostile() -> CellResult:
         log_tail="\n".join([HOSTILE] * 40),
         proof=({HOSTILE: HOSTILE, "counters": HOSTILE},),
         statistics=(Statistic(name=HOSTILE, value=float("nan"), bound=float("inf"), n=1, unit=HOSTILE, note=HOSTILE),),
-        differences=(Difference(prompt=HOSTILE, step=1, position=1, baseline=((1, float("-inf")),), candidate=()),),
+        differences=(
+            Difference(
+                prompt=HOSTILE,
+                step=1,
+                position=1,
+                baseline=((1, float("-inf")),),
+                candidate=(),
+                texts=((1, HOSTILE), (2, "\0")),
+            ),
+        ),
         phases=(Phase(name=HOSTILE, seconds=1.0),),
         started=HOSTILE,
         baseline_id=HOSTILE,

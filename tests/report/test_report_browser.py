@@ -124,6 +124,7 @@ def test_hostile_text_is_text(visit, hostile_dir):
     expect(page.locator("details.cell[open]")).to_have_count(1)
     page.click("details.cell[open] .unpack")
     expect(page.locator("details.cell[open] .log")).to_contain_text("</script><script>window.pwned")
+    expect(page.locator("details.cell[open] .said")).to_have_text('"</script><script>window…"')
     assert page.evaluate("window.pwned") is None
     assert page.locator("script").count() == 1 and page.locator("img").count() == 0
 
@@ -282,7 +283,12 @@ def test_planted_differences_and_numbers_are_drawn(visit, run_dir):
     assert curve.locator(".miss.beyond").count() == 5 and curve.locator(".band").count() == 5
     expect(body.locator("table.step caption").first).to_contain_text("the best tokens differ, first here")
     first = body.locator("table.step").first.locator("tbody tr").first
-    assert first.locator("td").all_inner_texts() == ["271", "-0.8123", "198", "-0.6100", "+0.5940"]
+    assert first.locator("td").all_inner_texts() == [
+        '"\\n\\n" 271', "-0.8123", '"\\n" 198', "-0.6100", "+0.5940",
+    ]  # fmt: skip
+    told = body.locator("table.step").first.locator("tbody td:first-child").all_inner_texts()
+    assert told[2:] == ['" <b>" 4097', '"0" 15', f'"{"a" * 23}…" 902']
+    assert body.locator("table.step").first.locator("tbody td:nth-child(3)").last.inner_text() == "7733"
     times = body.locator("table.phases tbody tr").nth(1).locator("th, td").all_inner_texts()
     assert times[:3] == ["start", "29.4 s", "29.4 s"]
     expect(body.get_by_text("2.00 × the baseline's")).to_be_visible()

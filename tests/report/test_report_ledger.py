@@ -196,6 +196,7 @@ def records(draw):
                 "position": draw(numbers),
                 "baseline": draw(st.lists(token, max_size=2)),
                 "candidate": draw(st.lists(token, max_size=2)),
+                "texts": draw(st.lists(st.tuples(st.integers(), texts), max_size=2)),
             }
         ],
     }

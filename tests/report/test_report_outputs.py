@@ -1,5 +1,6 @@
 """The machine-readable outputs tell the same as the ledger, and stay well-formed over hostile text."""
 
+import csv
 import fnmatch
 import json
 import re
@@ -99,6 +100,14 @@ def test_frame_and_csv(run_dir):
     assert row["kv_ratio"] == 2.0 and row["tpa"] == 2 and row["stat:mean KL"] == 1.4e-6
     counts = frame.pivot_table(index="backend", columns="column", values="id", aggfunc="count")
     assert counts.loc["FLASH_ATTN", "Helix"] == 3
+
+
+def test_csv_survives_hostile_text(hostile_dir):
+    with (hostile_dir / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["id"] for row in rows[:-1]] == [one.cell.id for one in examples.results()]
+    assert "</script>" in rows[-1]["reason"] and not re.search("[\x00\x1b\u202e]", str(rows[-1]))
+    assert None not in rows[-1] and None not in rows[-1].values()
 
 
 def test_markdown_holds_the_matrix_and_no_live_text(run_dir, hostile_dir):
