@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cell import Cell
 from harness.matrix import PlannedCell
-from harness.suite import Suite
+from harness.suite import Suite, available, load_all
 from harness.verdict import TABLE
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def show_list(request: "Request") -> int:
         cells, here = _count(suite, plan)
         print(f"{suite.name:<{width}}  {cells:>5}  {here:>4}  {suite.description}")
     print(f"\n{len(plan)} cells in all (suites share some), {sum(item.skip is None for item in plan)} can run here.")
+    by_name = [suite.name for suite in load_all(available()) if suite.nightly and suite not in suites]
+    if by_name:
+        print(f"Not part of --all, run by name: {', '.join(by_name)}.")
     if request.options.verbose:
         for item in plan:
             print(f"\n{_headline(item)}\n    why: {item.declared_why}")

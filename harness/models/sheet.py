@@ -63,11 +63,17 @@ def _kept(made: Recipe) -> Path:
 
 def _shape(made: Recipe) -> str:
     config = made.config()
-    heads = f"{made.heads} query heads"
-    cached = "one latent" if "kv_lora_rank" in config else f"{made.kv_heads} KV heads"
-    return (
-        f"{made.architecture}, {made.layers} layers, {heads}, {cached}, hidden {made.hidden}, vocabulary {made.vocab}"
-    )
+    layers = config["num_hidden_layers"]
+    cached = "one latent" if "kv_lora_rank" in config else f"{config['num_key_value_heads']} KV heads"
+    told = [config["architectures"][0], f"{layers} layers", f"{config['num_attention_heads']} query heads", cached]
+    told.append(f"hidden {config['hidden_size']}")
+    dense = config.get("first_k_dense_replace", layers)
+    if dense < layers:
+        told.append(f"{config['n_routed_experts']} experts from layer {dense} on")
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "default":
+        told.append(f"{rope['rope_type']} x {rope['factor']:g}")
+    return ", ".join([*told, f"vocabulary {config['vocab_size']}"])
 
 
 def _looks_up(made: Recipe) -> ModelCard:
