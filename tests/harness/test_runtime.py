@@ -1,5 +1,7 @@
 """Which runtime `--runtime` gives: containers on a host with GPUs, Docker and an image of this code; else processes."""
 
+from itertools import pairwise
+
 import pytest
 
 from harness.cell import Cell, Mode
@@ -65,3 +67,15 @@ def test_a_cpu_cells_container_may_take_twice_what_its_lease_holds_and_a_gpu_cel
     limit = guards[0][guards[0].index("--memory") + 1]
     assert limit == "6656m" and int(limit[:-1]) * 2**20 == 2 * need_of(cpu, cores=2).memory_bytes
     assert "--memory" not in guards[1]
+
+
+@pytest.mark.parametrize("model", ["recipe:llama-k4", "org/model"])
+def test_a_container_sees_models_read_only_and_of_the_host_else_its_proof_folder(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    cell = Cell(mode=Mode.HELIX_GQA, backend="FLASH_ATTN", hardware="hopper", model=model, tp=4)
+    launch = Containers({}).launch(cell, tmp_path / "cell", 21000, ())
+    mounts = [value for word, value in pairwise(launch.guard) if word == "--mount"]
+    assert [mount.rpartition(":")[2] for mount in mounts] == ["ro", "rw"]
+    assert ":/models/" in mounts[0] and mounts[1] == f"{tmp_path}/cell/proof:/proof:rw"
+    assert model.startswith("recipe:") or dict(launch.env)["HF_HUB_OFFLINE"] == "1"
