@@ -1,6 +1,7 @@
 """Differences and a null band -> one judgement at a stated false-alarm rate, with every number behind it."""
 
 import math
+from collections.abc import Sequence
 
 from harness.frozen import Frozen
 from harness.oracle.band import RUN_RATE, Band
@@ -64,11 +65,10 @@ def judge(
     }  # fmt: skip
     if not alarms:
         return Judgement(agree=bool(found.steps), reason=_agreement(found, statistics), **common)
-    worst = sorted(found.steps, key=lambda step: -step.widest)[:SHOWN]
     return Judgement(
         agree=False,
         reason=_disagreement(found, alarms),
-        differences=tuple(_difference(step, baseline, candidate) for step in worst),
+        differences=tuple(_difference(step, baseline, candidate) for step in _shown(found.steps)),
         **common,
     )
 
@@ -131,6 +131,13 @@ def _curve(found: Comparison, band: Band, rates: Rates) -> tuple[CurvePoint, ...
             )
         )  # fmt: skip
     return tuple(points)
+
+
+def _shown(steps: Sequence[StepChange]) -> list[StepChange]:
+    """The steps that differ most, the worst first; among them the earliest at which another token is the best one."""
+    worst = sorted(steps, key=lambda step: -step.widest)[:SHOWN]
+    first = min((step for step in steps if not step.same_best), key=lambda step: step.step, default=None)
+    return worst if first is None or first in worst else [*worst[: SHOWN - 1], first]
 
 
 def _difference(step: StepChange, baseline: Transcript, candidate: Transcript) -> Difference:

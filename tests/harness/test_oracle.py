@@ -76,6 +76,17 @@ def test_prefill_and_decode_are_judged_apart():
     assert worst.baseline == ((1, -0.5), (2, -1.5)) and worst.candidate == ((1, -0.8), (2, -1.5))
 
 
+def test_the_first_step_with_another_best_token_is_shown_beside_the_worst():
+    near, turned, far = step(1, t1=-0.70, t2=-0.75), step(1, t1=-0.75, t2=-0.70), step(1, t1=-0.8, t2=-9.0)
+
+    def shown(second: Step) -> list[int]:
+        base, cell = transcript(("p", (ONE, near, *(ONE,) * 9))), transcript(("p", (ONE, second, *(far,) * 9)))
+        return [one.step for one in judge(base, cell, BAND).differences]
+
+    assert shown(near) == [2, 3, 4, 5, 6]
+    assert shown(turned) == [2, 3, 4, 5, 1]
+
+
 def test_a_lost_best_token_counts_only_beyond_the_margin():
     # 0.051 nat may change, so two tokens may trade places when they are at most 0.102 nat apart.
     wide = made_band(change=0.051, distance=9.0)
