@@ -114,7 +114,7 @@ _VLLM_0_32 = (
                 _LIMIT,
                 "not yet proven with Helix: its metadata builder plans with get_num_kv_heads(parallel_config), so with "
                 "the TP share of the KV heads and not the TPA share, and its GQA kernels return a base-2 LSE although "
-                "the class flag says base e. Standard DCP is right on an H100, with both combines and both interleaves; "
+                "the class flag says base e. Standard DCP is right on an H100 (both combines, both interleaves); "
                 "Helix did not start there, by an assertion in our own hook, which is mended and was not run again",
                 "reports/2026-11-26-h100",
             ),
