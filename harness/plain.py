@@ -1,5 +1,6 @@
 """Hostile text made plain. Apart from the report, whose libraries a harness that only shows a line does without."""
 
+import json
 import re
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -9,6 +10,7 @@ _CONTROL = re.compile(
 )
 #: What is left of ASCII.
 _USUAL = bytes([9, 10, *range(32, 127)])
+_QUOTED = 24  # letters
 
 
 def legal(text: str) -> str:
@@ -22,3 +24,9 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return legal(_ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def quoted(text: str) -> str:
+    """`text` in quotes, on one line and short: what a token says, its spaces and line ends to be seen."""
+    short = text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
+    return legal(json.dumps(short, ensure_ascii=False))

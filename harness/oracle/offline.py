@@ -14,7 +14,7 @@ from harness.oracle.band import RUN_RATE, Band, measured_elsewhere, shipped
 from harness.oracle.calibrate import NullPair, calibrate
 from harness.oracle.judge import Judgement, judge
 from harness.oracle.texts import with_texts
-from harness.report.text import quoted
+from harness.plain import quoted
 from harness.result import Difference, Statistic
 from harness.transcript import Transcript
 from harness.verdict import Verdict

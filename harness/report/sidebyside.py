@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from harness.plain import quoted
 from harness.report import drawing
-from harness.report.text import escaped, number, quoted
+from harness.report.text import escaped, number
 from harness.result import Difference
 
 

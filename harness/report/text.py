@@ -2,7 +2,6 @@
 
 import base64
 import glob
-import json
 import math
 import re
 import shlex
@@ -13,14 +12,7 @@ from markupsafe import Markup, escape
 from harness.plain import clean as clean
 from harness.plain import legal
 
-_QUOTED = 24  # letters
 _RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
-
-
-def quoted(text: str) -> str:
-    """`text` in quotes, on one line and short: what a token says, its spaces and line ends to be seen."""
-    short = text if len(text) <= _QUOTED else f"{text[: _QUOTED - 1]}…"
-    return legal(json.dumps(short, ensure_ascii=False))
 
 
 def fragment(**fields: str) -> str:
