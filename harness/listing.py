@@ -34,8 +34,8 @@ def show_list(request: "Request") -> int:
         cells, here = _count(suite, plan)
         print(f"{suite.name:<{width}}  {cells:>5}  {here:>4}  {suite.description}")
     print(f"\n{len(plan)} cells in all (suites share some), {sum(item.skip is None for item in plan)} can run here.")
-    by_name = [suite.name for suite in load_all(available()) if suite.nightly and suite not in suites]
-    if by_name:
+    if not request.options.suite:
+        by_name = (suite.name for suite in load_all(available()) if suite.nightly)
         print(f"Not part of --all, run by name: {', '.join(by_name)}.")
     if request.options.verbose:
         for item in plan:
