@@ -11,8 +11,9 @@ import torch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel, current
 from helix_runtime.vllm_plugin.faults import FAULTS, NO_FAULT, NOTHING_ARMED, Fault, Site
 
-_POINTS = ("weights", "slots", "reads", "local_lengths", "partial", "replaces", "collectives", "merge", "merged")
-_HERE = ("partial", "merged")
+#: All points at which a fault can enter, and those of them that are reached here.
+_POINTS = tuple(name for name, point in vars(Fault).items() if callable(point) and not name.startswith("_"))
+_HERE = {"partial", "merged"}
 _RESTRICTIONS = ("batch", "single", "decode", "prefill", "rank", "call", "head")
 
 
@@ -30,6 +31,17 @@ def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Ten
     if isinstance(merged, tuple):
         return fault.merged(merged[0], site).contiguous(), *merged[1:]
     return fault.merged(merged, site).contiguous()
+
+
+def count_written(slot_mapping: torch.Tensor) -> None:
+    """Count a layer's tokens where they are written, in the V1 runner; `device_proof.py` counts those of V2.
+
+    slot_mapping: [T], -1 for what another rank owns.
+    """
+    context = current()
+    if context.counts_tokens:
+        context.proof.count("local_tokens", (slot_mapping >= 0).sum())
+        context.proof.count("global_tokens", slot_mapping.numel())
 
 
 def _struck(context: ContextParallel, phase: str, lse: torch.Tensor) -> tuple[Fault, Site | None]:
@@ -56,4 +68,4 @@ def fault_problem(spec: str) -> str | None:
 
 def _strikes_here(kind: type[Fault]) -> bool:
     changed = {point for point in _POINTS if getattr(kind, point) is not getattr(Fault, point)}
-    return changed <= set(_HERE) and bool(changed or kind.lse_base != Fault.lse_base)
+    return changed <= _HERE and bool(changed or kind.lse_base != Fault.lse_base)

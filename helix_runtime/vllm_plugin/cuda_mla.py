@@ -8,8 +8,7 @@ Remove when: vLLM reports which combine ran, and how often.
 """
 
 from helix_runtime.vllm_plugin.compat import patch
-from helix_runtime.vllm_plugin.context_parallel import current
-from helix_runtime.vllm_plugin.cuda_combine import combined
+from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
 
 
 def install() -> None:
@@ -32,9 +31,6 @@ def _init_combine(original):
 def _do_kv_cache_update(original):
     def do_kv_cache_update(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale):
         original(self, kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
-        context = current()
-        if context.counts_tokens:
-            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
-            context.proof.count("global_tokens", slot_mapping.numel())
+        count_written(slot_mapping)
 
     return do_kv_cache_update

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends import flash_attn as upstream
 
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
-from helix_runtime.vllm_plugin.cuda_combine import combined
+from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
 from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
 
 _MODULE = "vllm.v1.attention.backends.flash_attn"
@@ -119,9 +119,6 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
 def _do_kv_cache_update(original):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         original(self, layer, key, value, kv_cache, slot_mapping)
-        context = current()
-        if context.counts_tokens:
-            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
-            context.proof.count("global_tokens", slot_mapping.numel())
+        count_written(slot_mapping)
 
     return do_kv_cache_update

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends import flashinfer as upstream
 
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
-from helix_runtime.vllm_plugin.cuda_combine import combined
+from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
 from helix_runtime.vllm_plugin.flashinfer_wrappers import OwnedHeads, QueriesAreThere
 
 _MODULE = "vllm.v1.attention.backends.flashinfer"
@@ -72,9 +72,6 @@ def _impl_init(original):
 def _do_kv_cache_update(original):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         original(self, layer, key, value, kv_cache, slot_mapping)
-        context = current()
-        if context.counts_tokens:
-            context.proof.count("local_tokens", (slot_mapping >= 0).sum())
-            context.proof.count("global_tokens", slot_mapping.numel())
+        count_written(slot_mapping)
 
     return do_kv_cache_update

@@ -1,27 +1,19 @@
 """The kernel that counts tokens against the plain count in torch: on a GPU where there is one, else interpreted."""
 
-import importlib
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import below
 pytest.importorskip("triton", reason="the kernel needs Triton; not installed")
 pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
 
-from helix_runtime import token_count  # noqa: E402
-from helix_runtime.proof import ProofWriter  # noqa: E402
-from helix_runtime.sharding import owner  # noqa: E402
-from helix_runtime.vllm_plugin.device_proof import count_tokens  # noqa: E402
+from helix_runtime import token_count
+from helix_runtime.proof import ProofWriter
+from helix_runtime.sharding import owner
+from helix_runtime.vllm_plugin.device_proof import count_tokens
 
-if not GPU:
-    token_count = importlib.reload(token_count)  # another test may have imported it for compilation
-
-DEVICE = "cuda" if GPU else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batch(requests: int, seed: int, kvp: int, kvp_rank: int, interleave: int, padding: int):
