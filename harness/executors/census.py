@@ -5,7 +5,7 @@ import threading
 import time
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness.executors.hosts import ClusterError, Member, agree
@@ -34,9 +34,12 @@ class Census:
         for name, reference in asked.items():
             try:
                 self._probes[name] = ray.get(reference)
+            except (NodeDiedError, TaskUnschedulableError):  # lost a moment ago, and still listed as living
+                self._probes[name] = None
             except RayError as problem:
                 raise ClusterError(f"host {name[:8]} of the cluster does not answer: {problem}") from None
-        members = [_member(node, self._probes[name]) for name, node in nodes.items()]
+        known = ((node, self._probes[name]) for name, node in nodes.items())
+        members = [_member(node, found) for node, found in known if found is not None]
         if not members:
             raise ClusterError("the cluster has no host with a CPU or GPU; add one: ray start --address HEAD:6379")
         agree(members, self._code)

@@ -68,7 +68,8 @@ def answers(run_dir: Path, cell) -> tuple:
     return Transcript.load(file).answers
 
 
-def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluster, tmp_path):
+def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluster, tmp_path, monkeypatch):
+    from harness.executors import census
     from harness.executors.ray import RayExecutor
 
     told = tmp_path / "told"
@@ -76,7 +77,7 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     place = Stubs(told, slow=OTHER.key)
     executor = RayExecutor(cluster.address, limits=LIMITS, room=ROOM, place=place)
     assert executor.width == 3 and {device.family for device in executor.hardware} == {"cpu"}
-    killed = []
+    killed, at_first = [], [dict(node) for node in ray.nodes()]
 
     def kill():
         while not (at := place.nodes(OTHER)):
@@ -104,6 +105,11 @@ def test_cells_run_on_nodes_one_is_killed_and_the_rows_are_those_of_local(cluste
     tries = [event for event in events if event["event"] == "attempt" and event["id"] == OTHER.id]
     assert [event["cause"] for event in tries] == ["killed", None] and "host was lost" in tries[0]["reason"]
     assert "an attempt before was lost to infrastructure" in found[2].reason
+
+    # a host lost a moment ago, which the cluster still lists as living, is not waited for and not used
+    with monkeypatch.context() as patch:
+        patch.setattr(census.ray, "nodes", lambda: at_first)
+        assert len(census.Census("process").living()) == 2
 
     # a driver that died after two results goes on with the others, through a cluster executor of its own
     ledger = tmp_path / "ray" / "ledger.ndjson"
