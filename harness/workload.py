@@ -23,6 +23,7 @@ DEFAULT_BLOCK = 128  # vLLM's own on CPU
 LONG = (1000, 9000, 66_000)
 #: The longest prompt where attention is slow, in tokens, by hardware; elsewhere the context is the bound.
 LONGEST = {"cpu": 10_000}
+FULL_BATCH = 1
 BOUNDARY_BATCH = 2  # the number of the batch in which boundary prompts go out together
 NEEDLE_BATCH = 3
 ABORT_BATCH = 4
@@ -30,7 +31,8 @@ REUSE_BATCH = 5
 #: Requests whose client hangs up: prompt length, tokens it waits for. Each asks for ABORTED_TOKENS.
 ABORTED = ((40, 1), (150, 3), (220, 6))
 ABORTED_TOKENS = 1000
-#: Lengths of needle prompts, as far as they fit; beyond the first, one a KVP is asked, as they are slow.
+NEIGHBOUR_TOKENS = 12  # beyond the last of ABORTED
+#: Lengths of needle prompts, as far as they fit; beyond the first, one is asked, as they are slow.
 NEEDLE_LENGTHS = (600, 8000, 64_000)
 #: No more seats than these are filled: the server of a GPU has hundreds.
 MOST_SEATS = 32
@@ -38,14 +40,17 @@ FIRST_WORD = 4  # below are special tokens
 
 
 class Budget(Frozen):
-    """How much a profile asks: generated tokens of a boundary prompt, of a batched one, of the long decode.
+    """How much a profile asks: generated tokens of a boundary prompt, of a long one, of a batched one, of the long
+    decode, and the length of that one's prompt.
 
     thorough: the boundary of every rank and of the second round, and prompts longer than the first of LONG.
     """
 
     boundary: int
+    long: int
     batched: int
     decode: int
+    decode_from: int
     batch_lengths: tuple[int, ...]
     aborts: bool
     thorough: bool
@@ -53,12 +58,21 @@ class Budget(Frozen):
 
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget(
-        boundary=8, batched=16, decode=72, batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257), aborts=False, thorough=False
+        boundary=8,
+        long=4,
+        batched=16,
+        decode=40,
+        decode_from=60,
+        batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257),
+        aborts=False,
+        thorough=False,
     ),
     "standard": Budget(
-        boundary=16,
+        boundary=12,
+        long=8,
         batched=32,
-        decode=100,
+        decode=70,
+        decode_from=62,
         batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400),
         aborts=True,
         thorough=True,
@@ -127,8 +141,9 @@ def make_workload(
     if profile not in BUDGETS:
         raise KeyError(f"no workload {profile!r}; there are: {', '.join(sorted(BUDGETS))}")
     budget = BUDGETS[profile]
-    if max_model_len < budget.decode + 8:
-        raise ValueError(f"workload {profile} needs max-model-len of at least {budget.decode + 8}, not {max_model_len}")
+    least = budget.decode_from + budget.decode + 1
+    if max_model_len < least:
+        raise ValueError(f"workload {profile} needs max-model-len of at least {least}, not {max_model_len}")
     prompts: list[Prompt] = []
 
     def add(
@@ -147,36 +162,36 @@ def make_workload(
 
     for length, why in sorted(boundaries(tp, block, budget.thorough).items()):
         if fits(length, budget.boundary):
-            # A few go alone, which shows a batch of one; the others together, which saves time: ranks that share few
-            # cores take as long for a step of one row as for a step of twenty.
-            alone = length in (1, tp, tp + 1)
-            add("boundary", why, length, budget.boundary, batch=0 if alone else BOUNDARY_BATCH)
-    add("decode", f"decode of {budget.decode} tokens crosses owners and blocks", 7, budget.decode)
+            # The first goes alone: a batch of one, while shards turn from empty to not. The others go together, which
+            # saves time: ranks that share few cores take as long for a step of one row as for a step of twenty.
+            add("boundary", why, length, budget.boundary, batch=0 if length == 1 else BOUNDARY_BATCH)
     long = min(LONG[0], max_model_len - budget.batched)
     why = f"{long} tokens: many blocks on every rank, several prefill chunks where chunks are small"
-    add("long", why, long, budget.boundary, words="long")
-    add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.boundary, words="long")
+    add("long", why, long, budget.long, words="long")
+    add("repeat", "the long prompt again: a prefix hit must give the same answer", long, budget.long, words="long")
     for length in LONG[1:] if budget.thorough else ():
         if fits(length, budget.batched) and length <= (longest or length):
             add("long", f"{length:,} tokens: defects that only long contexts show", length, budget.batched)
+    why = f"decode of {budget.decode} tokens crosses owners and blocks, in a full batch and then alone"
+    add("decode", why, budget.decode_from, budget.decode, batch=FULL_BATCH)
     for length in budget.batch_lengths:
         if fits(length, budget.batched):
             why = "one of a full batch of mixed lengths: rows must not read each other's shards"
-            add("batch", why, length, budget.batched, batch=1)
-    taken = sum(prompt.batch == 1 for prompt in prompts)
+            add("batch", why, length, budget.batched, batch=FULL_BATCH)
+    taken = sum(prompt.batch == FULL_BATCH for prompt in prompts)
     for number in range(min(seats, MOST_SEATS) - taken):
         # Each begins a new block, and a new run of its owner, while the batch is full: a small cache runs out here.
         length = 2 * block - 4 - number % (block // 4)
         if fits(length, budget.batched):
             why = f"takes one of the {seats} seats that are left, and grows past {2 * block} tokens in a full batch"
-            add("batch", why, length, budget.batched, batch=1)
+            add("batch", why, length, budget.batched, batch=FULL_BATCH)
     if budget.aborts:
         aborted = [(length, after) for length, after in ABORTED if fits(length, 2 * budget.batched)]
         for length, after in aborted:
             why = f"its client hangs up after {after} tokens: the others must not notice"
             tokens = min(ABORTED_TOKENS, max_model_len - length)
             add("aborted", why, length, tokens, batch=ABORT_BATCH, abort=after)
-            add("neighbour", "goes on while others are dropped", length + 7, budget.boundary, batch=ABORT_BATCH)
+            add("neighbour", "goes on while others are dropped", length + 7, NEIGHBOUR_TOKENS, batch=ABORT_BATCH)
         for length, _ in aborted:
             for more in (-3, 5):
                 why = "takes the slot and the blocks of a dropped request: nothing of it must be left"
@@ -195,12 +210,17 @@ def make_workload(
 def needles(
     recipe: str, tp: int, seed: int, lengths: Iterable[int] = NEEDLE_LENGTHS[:1]
 ) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(why, prompt, tokens to generate) of chains whose every decode step must read one known shard."""
+    """(why, prompt, tokens to generate) of chains whose every decode step must read one known shard.
+
+    What lies in each shard of KVP = TP lies in each shard of any KVP that divides it, so one long chain serves all.
+    """
     from harness.models.retrieval import make_chain, place_in_shard
 
+    sizes = [size for size in range(2, tp + 1) if tp % size == 0]
     for length in lengths:
-        for kvp in (size for size in range(2, tp + 1) if tp % size == 0):
-            for interleave in INTERLEAVES if length == NEEDLE_LENGTHS[0] else INTERLEAVES[-1:]:
+        short = length == NEEDLE_LENGTHS[0]
+        for kvp in sizes if short else sizes[-1:]:
+            for interleave in INTERLEAVES if short else INTERLEAVES[-1:]:
                 places = [
                     place_in_shard(length, kvp, interleave, rank, depth=(rank + 1) / (kvp + 1)) for rank in range(kvp)
                 ]

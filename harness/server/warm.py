@@ -13,6 +13,7 @@ guard outlives a killed harness as long as it takes to end its server. The warm 
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -291,6 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     control = socket.socket(fileno=int(arguments[0]))
     for module in arguments[1:]:
         importlib.import_module(module)
+    gc.freeze()  # so that collections in the forked processes neither visit nor copy what was imported
     with contextlib.suppress(BrokenPipeError):  # the harness has gone meanwhile
         control.send(b"ready")
         serve(control)

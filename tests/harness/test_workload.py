@@ -42,7 +42,10 @@ def test_one_batch_of_mixed_lengths_and_a_decode_that_crosses_blocks():
     batch = [prompt for prompt in workload.prompts if prompt.kind == "batch"]
     assert {prompt.batch for prompt in batch} == {1}
     assert len({len(prompt.token_ids) for prompt in batch}) == len(batch) >= 8
-    assert next(p for p in workload.prompts if p.kind == "decode").max_tokens > 2 * 32
+    decode = next(prompt for prompt in workload.prompts if prompt.kind == "decode")
+    first, last = (len(decode.token_ids) + done for done in (0, decode.max_tokens))
+    assert {64, 80, 96, 112, 128} <= set(range(first, last))  # owners change at 16, blocks at 32, rounds of KVP 4 at 64
+    assert decode.batch == 1 and decode.max_tokens > 2 * batch[0].max_tokens  # with the others, then alone
 
 
 def test_baseline_and_cells_are_asked_the_same():
@@ -62,14 +65,13 @@ def test_baseline_and_cells_are_asked_the_same():
     assert workload_of(smaller, 512, 32768).key not in keys
 
 
-def test_a_few_boundary_prompts_go_alone_and_the_others_together():
+def test_one_boundary_prompt_goes_alone_and_the_others_together():
     workload = make_workload(tp=2, block=16, vocab=512, max_model_len=2048)
-    # KVP 2; units 1 and 16; alone are 1, TP and TP + 1 tokens
+    # KVP 2; units 1 and 16
     sent = {len(prompt.token_ids): prompt.batch for prompt in workload.prompts if prompt.kind == "boundary"}
-    alone = {1: 0, 2: 0, 3: 0}
-    assert sent == alone | dict.fromkeys((4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65), 2)
+    assert sent == {1: 0} | dict.fromkeys((2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65), 2)
     others = {prompt.kind: prompt.batch for prompt in workload.prompts if prompt.kind != "boundary"}
-    assert others == {"decode": 0, "long": 0, "repeat": 0, "batch": 1, "aborted": 4, "neighbour": 4, "reuse": 5}
+    assert others == {"decode": 1, "long": 0, "repeat": 0, "batch": 1, "aborted": 4, "neighbour": 4, "reuse": 5}
 
 
 def test_clients_hang_up_beside_neighbours_and_what_follows_is_as_long_as_what_was_dropped():
@@ -80,7 +82,9 @@ def test_clients_hang_up_beside_neighbours_and_what_follows_is_as_long_as_what_w
         (150, 3, 1000),
         (220, 6, 1000),
     ]
-    assert {prompt.kind for prompt in asked if prompt.batch == aborted[0].batch} == {"aborted", "neighbour"}
+    beside = [prompt for prompt in asked if prompt.batch == aborted[0].batch and not prompt.abort_after]
+    assert {prompt.kind for prompt in beside} == {"neighbour"}
+    assert min(prompt.max_tokens for prompt in beside) > max(prompt.abort_after for prompt in aborted)
     reuse = [prompt for prompt in asked if prompt.kind == "reuse"]
     assert [len(prompt.token_ids) for prompt in reuse] == [37, 45, 147, 155, 217, 225]
     assert asked.index(reuse[0]) > asked.index(aborted[-1])
@@ -137,7 +141,7 @@ def test_needles_aim_each_decode_step_at_a_named_shard():
     assert [owner(place, 4, 16) for place in question.places] == [0, 1, 2, 3]
 
 
-def test_one_needle_a_kvp_in_a_context_of_8000_tokens_where_it_fits():
+def test_one_needle_in_a_context_of_8000_tokens_where_it_fits():
     from harness.models.retrieval import make_chain, place_in_shard
     from helix_runtime.sharding import owner
 
@@ -147,7 +151,7 @@ def test_one_needle_a_kvp_in_a_context_of_8000_tokens_where_it_fits():
         return [(len(prompt.token_ids), prompt.max_tokens) for prompt in made.prompts if prompt.kind == "needle"]
 
     short = [(600, 2), (600, 2), (600, 4), (600, 4)]
-    assert asked() == [*short, (8000, 2), (8000, 4)]
+    assert asked() == [*short, (8000, 4)]
     assert asked(max_model_len=8003) == short and asked(max_model_len=8004) != short
     assert asked(longest=4000) == short and asked(tp=2) == [(600, 2), (600, 2), (8000, 2)]
     (why, tokens, steps), *_ = needles("recipe:llama-retrieve-k4", tp=2, seed=0, lengths=NEEDLE_LENGTHS[1:])
@@ -155,6 +159,15 @@ def test_one_needle_a_kvp_in_a_context_of_8000_tokens_where_it_fits():
     places = [place_in_shard(8000, 2, 16, rank, (rank + 1) / 3) for rank in range(2)]
     assert [owner(place, 2, 16) for place in places] == [0, 1]
     assert make_chain("recipe:llama-retrieve-k4", 8000, places, 0).tokens == tokens
+
+
+def test_the_long_needle_of_the_largest_kvp_reads_each_shard_of_every_smaller_one():
+    from harness.models.retrieval import place_in_shard
+    from helix_runtime.sharding import owner
+
+    places = [place_in_shard(8000, 6, 16, rank, (rank + 1) / 7) for rank in range(6)]
+    for kvp in (2, 3, 6):
+        assert {owner(place, kvp, 16) for place in places} == set(range(kvp))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +204,6 @@ def test_long_prompts_are_sized_by_context_and_hardware():
 def test_the_choice_is_told_in_a_line():
     told = make_workload(tp=2, block=32, vocab=512, max_model_len=2048, profile="smoke").told()
     assert told == (
-        "workload smoke: 23 prompts of 1 to 1,000 tokens (12 boundary, 1 decode, 1 long, 1 repeat, 8 batch), "
-        "312 tokens to generate"
+        "workload smoke: 23 prompts of 1 to 1,000 tokens (12 boundary, 1 long, 1 repeat, 1 decode, 8 batch), "
+        "272 tokens to generate"
     )
