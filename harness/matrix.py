@@ -19,12 +19,18 @@ from harness.hardware import Hardware
 from harness.suite import Group, Option, Suite
 from harness.verdict import Verdict
 from harness.yaml_file import Problem, SuiteError
+from helix_runtime.capabilities import UnknownName
 from helix_runtime.capability_rows import DEFAULT_VLLM, NIGHTLY
 
 LIMIT_CELLS = 20_000
 
 #: The Helix option that puts all ranks on one GPU. The only one that a baseline may carry: it is compared with TP1.
 SHARE_GPU = "share_gpu"
+
+#: Options by which a server reads again what it wrote of a prompt, in second chunks and recomputation too; and the one
+#: by which it does not. The reference of baselines has none of the former.
+REREADS = ("max-num-batched-tokens", "num-gpu-blocks-override", "enable-prefix-caching", "no-enable-prefix-caching")
+ANEW = ("no-enable-prefix-caching", True)
 
 #: The stock backend of a CPU baseline; on a GPU the cell's own backend is stock already.
 STOCK_ON_CPU = {"HELIX_CPU": "CPU_ATTN", "HELIX_CPU_MLA": "CPU_MLA"}
@@ -72,11 +78,9 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             plan[cell.key] = _merge(known, cell, suite, declaration)
             return
         if ids.setdefault(cell.id, cell.key) != cell.key:
-            raise _contradiction(
-                suite, f"two cells are both called {cell.id}; give one an option that tells them apart"
-            )
+            raise _unusable(suite, f"two cells are both called {cell.id}; give one an option that tells them apart")
         if len(plan) >= LIMIT_CELLS:
-            raise _contradiction(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
+            raise _unusable(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
         place = (cell.hardware, cell.tp, cell.vllm_version)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
@@ -109,7 +113,12 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
         for group in suite.groups:
             for cell in cells_of(group, suite):
                 cell = on_one_gpu(cell) if share_gpu else cell
-                add_with_baseline(cell, suite.name, declare(cell, group.refusal), group.bench)
+                try:
+                    add_with_baseline(cell, suite.name, declare(cell, group.refusal), group.bench)
+                except (
+                    UnknownName
+                ) as unknown:  # to that release of vLLM; names that none knows, the suite's reader refuses
+                    raise _unusable(suite.name, f"groups: '{group.name}': {unknown}") from None
     return list(plan.values())
 
 
@@ -156,13 +165,17 @@ def baseline_of(cell: Cell) -> Cell | None:
     Where standard TP cannot run on as many ranks, it is the largest TP below that can. Options that only mean something
     with DCP (`dcp-…`) are left out.
     A baseline on several ranks is itself compared with one rank where its model is small enough to be made on the spot
-    (a recipe); TP1 has nothing to be compared with.
+    (a recipe); TP1 has nothing to be compared with. It computes each prompt anew: what standard TP itself gets wrong
+    where it reads what it wrote earlier would otherwise be in both.
     """
     if cell.baseline:
         if cell.tp == 1 or not cell.model.startswith("recipe:"):
             return None
         asked = cell.workload if "@" in cell.workload else f"{cell.workload}@{cell.tp}"
-        return cell.model_copy(update={"tp": 1, "workload": asked, "helix": (), "expect": None, "why": None})
+        serve = (*((name, value) for name, value in cell.serve if name not in REREADS), ANEW)
+        return cell.model_copy(
+            update={"tp": 1, "workload": asked, "serve": serve, "helix": (), "expect": None, "why": None}
+        )
     tp = comparable_tp(cell.model, cell.tp, cell.hardware)
     return Cell(
         mode=Mode.STANDARD_TP,
@@ -255,12 +268,12 @@ def _merge(known: PlannedCell, cell: Cell, suite: str, declaration: Declaration)
     """A cell that is asked for again: its suites add up, and its expectations must agree."""
     if declaration.verdict is not known.declared:
         first, second = (f"{known.declared} ({known.suites[0]})", f"{declaration.verdict} ({suite})")
-        raise _contradiction(suite, f"{cell.id} is declared {first} and {second}")
+        raise _unusable(suite, f"{cell.id} is declared {first} and {second}")
     if suite in known.suites and (known.refusal or not declaration.refusal):
         return known
     suites = known.suites if suite in known.suites else (*known.suites, suite)
     return known.model_copy(update={"suites": suites, "refusal": known.refusal or declaration.refusal})
 
 
-def _contradiction(suite: str, message: str) -> SuiteError:
+def _unusable(suite: str, message: str) -> SuiteError:
     return SuiteError([Problem(f"suite {suite}", None, "", message)])

@@ -41,7 +41,8 @@ FIRST_WORD = 4  # below are special tokens
 
 class Budget(Frozen):
     """How much a profile asks: generated tokens of a boundary prompt, of a long one, of a batched one, of the long
-    decode, and the length of that one's prompt.
+    decode, and the length of that one's prompt. The full batch and the long decode together step on every position
+    from the first to well beyond 128, so that a defect of some positions only cannot lie between prompts.
 
     thorough: the boundary of every rank and of the second round, and prompts longer than the first of LONG.
     """
@@ -63,7 +64,7 @@ BUDGETS: dict[str, Budget] = {
         batched=16,
         decode=40,
         decode_from=60,
-        batch_lengths=(1, 3, 9, 17, 33, 70, 129, 257),
+        batch_lengths=(1, 3, 16, 31, 46, 99, 114, 129, 257),
         aborts=False,
         thorough=False,
     ),
@@ -73,7 +74,7 @@ BUDGETS: dict[str, Budget] = {
         batched=32,
         decode=70,
         decode_from=62,
-        batch_lengths=(1, 2, 5, 9, 17, 33, 48, 70, 129, 200, 257, 400),
+        batch_lengths=(1, 2, 5, 9, 17, 32, 131, 162, 193, 224, 255, 400),
         aborts=True,
         thorough=True,
     ),

@@ -85,11 +85,15 @@ def plugin_refusal_on_cuda(backend: str | None, use_mla: bool, eager: bool) -> s
     return None
 
 
+class UnknownName(ValueError):
+    """A name, or a release, that the table does not have; the text says which it has."""
+
+
 @cache
 def declare(backend: str, hardware: str, mode: str, vllm_version: str = DEFAULT_VLLM) -> Declared:
     """What the table says of one square.
 
-    Raises ValueError for a backend, hardware family, mode or version that the table does not know, with the valid
+    Raises UnknownName for a backend, hardware family, mode or version that the table does not know, with the valid
     ones. A square that `helix-original` does not print is `unsupported`, with that reason.
     """
     version = check_version(vllm_version)
@@ -173,7 +177,7 @@ def check_version(version: str) -> str:
     plain = version.split("+")[0]
     if not any(row.covers(plain) for row in ROWS if row.before is None or _VERSION.fullmatch(plain)):
         spans = dict.fromkeys(row.since if row.before is None else f"{row.since} <= v < {row.before}" for row in ROWS)
-        raise ValueError(f"the table has no rows for vLLM {version!r}; it covers: {', '.join(spans)}")
+        raise UnknownName(f"the table has no rows for vLLM {version!r}; it covers: {', '.join(spans)}")
     return plain if plain in (ORIGINAL, NIGHTLY) else ".".join(map(str, version_numbers(plain)))
 
 
@@ -182,4 +186,4 @@ _VERSION = re.compile(r"\d+(\.\d+)*")
 
 def _known(what: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise ValueError(f"unknown {what} {value!r}; valid: {', '.join(valid)}")
+        raise UnknownName(f"unknown {what} {value!r}; valid: {', '.join(valid)}")

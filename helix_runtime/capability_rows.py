@@ -260,6 +260,18 @@ def _flashinfer_before_0_32() -> list[Row]:
     ]
 
 
+def _cutlass_mla_before_0_32() -> list[Row]:
+    """What `suites/version-sweep.yaml` starts with FlashInfer's MLA prefill, whose defect is none of this backend."""
+    declared = Declared(
+        Support.SUPPORTED,
+        "needs no LSE; compute capability 10.x only",
+        "v1/attention/backends/mla/cutlass_mla.py",
+        True,
+        "e",
+    )
+    return [Row("CUTLASS_MLA", "blackwell", STANDARD_TP, True, "0.28.0", "0.32.0", declared)]
+
+
 def _nightly() -> list[Row]:
     """Standard modes of a development build, as the last release declares them: nobody has read that source yet."""
     rows = (row for item in _VLLM_0_32 for row in _spread(item, "v1/attention/backends/", NIGHTLY, None))
@@ -274,6 +286,7 @@ def _nightly() -> list[Row]:
 ROWS: tuple[Row, ...] = (
     *_original(),
     *_flashinfer_before_0_32(),
+    *_cutlass_mla_before_0_32(),
     *_nightly(),
     *(row for item in _VLLM_0_32 for row in _spread(item, "v1/attention/backends/", "0.32.0", "0.32.1")),
     *(row for item in _OURS_0_32 for row in _spread(item, "", "0.32.0", "0.32.1")),

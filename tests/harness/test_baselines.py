@@ -8,7 +8,7 @@ from test_runner import failed, good, play, transcript
 import harness.cell
 from harness.cell import Cell, Mode
 from harness.frozen import content_hash
-from harness.matrix import PlannedCell, baseline_of, expand, select
+from harness.matrix import ANEW, PlannedCell, baseline_of, expand, select
 from harness.observe import observe
 from harness.server.log import Cause
 from harness.suite import load_all
@@ -16,7 +16,7 @@ from harness.transcript import Answer, Step, Transcript
 from harness.verdict import Verdict
 from harness.workload import workload_of
 
-TP1 = "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=standard@4"
+TP1 = "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/no-enable-prefix-caching=True/workload=standard@4"
 TP4 = "cpu/standard-tp/CPU_ATTN/llama-k4/tp4"
 HELIX = "cpu/helix-gqa/HELIX_CPU/llama-k4/tp4-dcp2"
 
@@ -29,10 +29,12 @@ def test_the_chain_ends_at_tp1_which_stands_first():
     assert chain(expand([suite(comm="a2a")], [CPU])) == [(TP1, None), (TP4, TP1), (f"{HELIX}/a2a/i1", TP4)]
 
 
-def test_a_reference_is_stock_and_differs_from_its_baseline_in_ranks_and_name_of_the_workload():
-    reference, base, _ = (item.cell for item in expand([suite(serve={"seed": 3, "block-size": 16})], [CPU]))
-    assert reference.serve == base.serve == (("seed", 3), ("block-size", 16))
-    assert reference == base.model_copy(update={"tp": 1, "workload": "standard@4"})
+def test_a_reference_is_stock_on_one_rank_and_reads_nothing_that_it_wrote_earlier():
+    own = {"seed": 3, "max-num-batched-tokens": 128, "num-gpu-blocks-override": 30, "block-size": 16}
+    reference, base, _ = (item.cell for item in expand([suite(serve=own)], [CPU]))
+    assert base.serve == tuple(own.items())
+    serve = (("seed", 3), ("block-size", 16), ("no-enable-prefix-caching", True))
+    assert reference == base.model_copy(update={"tp": 1, "workload": "standard@4", "serve": serve})
     assert reference.key != base.key
     command = reference.command("m")
     assert command[command.index("--tensor-parallel-size") + 1] == "1" and "--helix-mode" not in command
@@ -89,7 +91,7 @@ def test_options_of_dcp_are_none_of_a_baseline():
     """So the cells with and without one share the chain."""
     plan = expand([suite(serve={"dcp-q-replicate": [None, True], "seed": 3})], [CPU])
     assert [item.cell.serve for item in plan] == [
-        (("seed", 3),), (("seed", 3),), (("seed", 3),), (("dcp-q-replicate", True), ("seed", 3))
+        (("seed", 3), ANEW), (("seed", 3),), (("seed", 3),), (("dcp-q-replicate", True), ("seed", 3))
     ]  # fmt: skip
     assert plan[2].baseline == plan[3].baseline == plan[1].cell
 

@@ -160,7 +160,7 @@ def test_dry_run_as_json_is_the_same_list(call):
     assert [cell["shown"] for cell in cells] == commands
     assert [cell["baseline"] for cell in cells] == [
         None,
-        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=smoke@4",
+        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/no-enable-prefix-caching=True/workload=smoke@4",
         "cpu/standard-tp/CPU_ATTN/llama-k4/tp4/workload=smoke",
         None,
     ]

@@ -203,7 +203,7 @@ def test_absent_hardware_and_too_few_gpus_are_skips_with_the_reason():
 def test_selection_takes_baselines_along():
     plan = expand([suite(interleave=[1, 16])], [CPU])
     assert [item.cell.id for item in select(plan, ["*/i16"])] == [
-        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/workload=standard@4",
+        "cpu/standard-tp/CPU_ATTN/llama-k4/tp1/no-enable-prefix-caching=True/workload=standard@4",
         "cpu/standard-tp/CPU_ATTN/llama-k4/tp4",
         "cpu/helix-gqa/HELIX_CPU/llama-k4/tp4-dcp2/i16",
     ]

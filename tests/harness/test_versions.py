@@ -7,8 +7,10 @@ from harness.hardware import Hardware
 from harness.matrix import expand, installed_vllm, skip_reason
 from harness.runner import run
 from harness.server.launch import make_launch
-from harness.suite import Group, load_all
+from harness.suite import Group, Suite, load_all
 from harness.verdict import Verdict
+from harness.workload import workload_of
+from harness.yaml_file import SuiteError
 from helix_runtime.capabilities import declare
 
 HOPPER = Hardware(family="hopper", name="H200", count=8, memory_bytes=2**37, compute_capability="9.0")
@@ -32,8 +34,31 @@ def test_the_matrix_tells_versions_apart():
     for item in plan:
         if item.baseline:
             assert item.baseline.vllm_version == item.cell.vllm_version
-        if item.cell.baseline:
+        if item.cell.baseline and not item.baseline:
             assert item.declared is Verdict.PASS
+
+
+def test_a_prefix_hit_has_cells_of_its_own_that_are_wrong_in_0_28_alone():
+    plan = expand(load_all(["version-sweep"]), [HOPPER])
+    hits = {item.cell.vllm_version: item for item in plan if item.cell.backend == "CUTLASS_MLA" and item.baseline}
+    assert {version: str(item.declared) for version, item in hits.items()} == {
+        "0.28.0": "xfail", "0.29.0": "pass", "0.30.0": "pass", "0.31.0": "pass", "0.32.0": "pass", "nightly": "pass",
+    }  # fmt: skip
+    for item in hits.values():
+        assert ("no-enable-prefix-caching", True) in item.baseline.serve and item.baseline.tp == 1
+        assert "no-enable-prefix-caching" not in dict(item.cell.serve)
+        repeated = [prompt for prompt in workload_of(item.cell, 512, 4096).prompts if prompt.kind == "repeat"]
+        assert (
+            len(repeated) == 1 and len(repeated[0].token_ids) > 128
+        )  # more than a block of the backend: a prefix hits
+
+
+def test_a_backend_that_a_release_does_not_have_in_the_table_is_said_so():
+    group = {"name": "g", "mode": "standard-tp", "backend": "TRITON_MLA", "hardware": "hopper", "layout": {"tp": 2}}
+    group |= {"model": "recipe:deepseek-v2", "vllm_version": "0.28.0"}
+    suite = Suite(schema=1, name="s", description="d", groups=(Group(**group),))
+    with pytest.raises(SuiteError, match="'g': unknown attention backend 'TRITON_MLA'; valid: FLASHINFER, CUTLASS_MLA"):
+        expand([suite], [HOPPER])
 
 
 def test_a_release_that_is_not_here_is_a_skip_that_says_so(monkeypatch):

@@ -48,6 +48,19 @@ def test_one_batch_of_mixed_lengths_and_a_decode_that_crosses_blocks():
     assert decode.batch == 1 and decode.max_tokens > 2 * batch[0].max_tokens  # with the others, then alone
 
 
+@pytest.mark.parametrize(("profile", "last"), [("smoke", 143), ("standard", 285)])
+def test_the_full_batch_steps_on_every_position(profile, last):
+    """The token of a prompt's first answer is at its length; the last that is answered is never fed."""
+    made = make_workload(tp=2, block=32, vocab=512, max_model_len=2048, profile=profile)
+    fed = {
+        position
+        for prompt in made.prompts
+        if prompt.batch == 1
+        for position in range(len(prompt.token_ids), len(prompt.token_ids) + prompt.max_tokens - 1)
+    }
+    assert set(range(1, last + 1)) <= fed
+
+
 def test_baseline_and_cells_are_asked_the_same():
     serve = (("block-size", 32), ("max-model-len", 1200), ("dtype", "float32"))
     shared = {"hardware": "cpu", "model": "recipe:llama-k4", "tp": 4, "serve": serve}
@@ -204,6 +217,6 @@ def test_long_prompts_are_sized_by_context_and_hardware():
 def test_the_choice_is_told_in_a_line():
     told = make_workload(tp=2, block=32, vocab=512, max_model_len=2048, profile="smoke").told()
     assert told == (
-        "workload smoke: 23 prompts of 1 to 1,000 tokens (12 boundary, 1 long, 1 repeat, 1 decode, 8 batch), "
-        "272 tokens to generate"
+        "workload smoke: 24 prompts of 1 to 1,000 tokens (12 boundary, 1 long, 1 repeat, 1 decode, 9 batch), "
+        "288 tokens to generate"
     )
