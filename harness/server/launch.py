@@ -62,6 +62,8 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
             given["helix"] = {**given.get("helix", {}), **helix, **({"fault": cell.fault} if cell.fault else {})}
     if given:
         argv += ["--additional-config", json.dumps(given)]
+    if cell.hardware != "cpu" and dict(cell.serve).get("enforce-eager") is True:
+        argv += _without_fusion(argv)
     if cell.hardware == "cpu":
         argv = _forked(argv)
     env = environment(cell, api_key, offline=recipe)
@@ -110,6 +112,17 @@ def environment(cell: Cell, api_key: str, offline: bool) -> dict[str, str]:
     if cell.stock and not cell.helix:
         env["VLLM_PLUGINS"] = ""  # not even loaded
     return env | dict(cell.env)
+
+
+def _without_fusion(argv: list[str]) -> list[str]:
+    """What an eager server is told beside `argv`: nothing is compiled there, so no pass can fuse anything.
+
+    vLLM asks the fusion of all-reduce and norm for its largest size all the same. That imports FlashInfer, which
+    initialises CUDA before there are workers, and these could not be forked then (0.32, `_set_compile_ranges`).
+    """
+    if any(word.startswith(("--compilation-config", "-cc")) for word in argv):
+        return []
+    return ["--compilation-config", json.dumps({"pass_config": {"fuse_allreduce_rms": False}})]
 
 
 def _forked(argv: list[str]) -> list[str]:

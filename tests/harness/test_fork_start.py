@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from test_server import cell
@@ -100,3 +101,19 @@ def test_cpu_cells_are_started_by_it(tmp_path):
 def test_gpu_cells_are_not(tmp_path):
     gpu = {"hardware": "hopper", "backend": "FLASH_ATTN", "model": "org/model"}
     assert make_launch(cell(**gpu), tmp_path, 21000).argv[:3] == ("vllm", "serve", "org/model")
+
+
+def test_an_eager_gpu_server_is_told_of_no_fusion_whose_size_would_initialise_cuda_in_its_parent(tmp_path):
+    gpu = {"hardware": "hopper", "backend": "FLASH_ATTN", "model": "org/model"}
+
+    def told(**serve) -> list[str]:
+        argv = make_launch(cell(**gpu, serve=tuple(serve.items())), tmp_path, 21000).argv
+        return [after for word, after in pairwise(argv) if word.startswith("--compilation-config")]
+
+    (config,) = told(**{"enforce-eager": True})
+    from vllm.config import PassConfig
+
+    asked = PassConfig(**json.loads(config)["pass_config"])
+    assert asked.fuse_allreduce_rms is False
+    assert told() == [] and told(**{"enforce-eager": True, "compilation-config": "{}"}) == ["{}"]
+    assert not any("compilation" in word for word in make_launch(cell(), tmp_path, 21000).argv)  # CPU
