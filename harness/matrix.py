@@ -12,7 +12,7 @@ from importlib import metadata
 from itertools import product
 
 from harness.bench.spec import BenchSpec
-from harness.cell import Cell, Mode, Value
+from harness.cell import CUDA_GRAPHS, Cell, Mode, Value
 from harness.declared import Declaration, comparable_tp, declare, standard_tp_problem
 from harness.frozen import Frozen
 from harness.hardware import Hardware
@@ -142,8 +142,11 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
 
 
 def on_one_gpu(cell: Cell) -> Cell:
-    """`cell` with its ranks on one GPU, which takes eager mode; a CPU cell or a single rank as it is."""
-    if cell.hardware == "cpu" or cell.tp == 1:
+    """`cell` with its ranks on one GPU, which takes eager mode.
+
+    A CPU cell or a single rank as it is; so is a cell about CUDA graphs, which needs a GPU for each rank.
+    """
+    if cell.hardware == "cpu" or cell.tp == 1 or CUDA_GRAPHS in dict(cell.serve):
         return cell
     serve = tuple((name, value) for name, value in cell.serve if name != "enforce-eager")
     helix = tuple((name, value) for name, value in cell.helix if name != SHARE_GPU)
