@@ -22,7 +22,7 @@ _RESTRICTIONS_CAPTURED = ("rank", "head")
 def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Tensor, *args, **how):
     """`combine(output, lse, …)` of this rank's partial, output [T, H, D] and lse [T, H], counted as `phase`."""
     context = current()
-    context.proof.ran(phase, captured=lse.is_cuda and torch.cuda.is_current_stream_capturing())
+    context.proof.ran(phase, captured=torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     fault, site = _struck(context, phase, lse)
     if fault is NO_FAULT:
         return combine(output, lse, *args, **how)
