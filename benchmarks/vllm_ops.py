@@ -21,9 +21,10 @@ import triton.language as tl
 class VllmOps:
     """The two launches of vLLM's All-to-All combine, over its own layout: each row carries its LSE behind it."""
 
-    def __init__(self, module: ModuleType, source: str):
+    def __init__(self, module: ModuleType, source: str, installed: bool = False):
         self._module = module
         self.source = source
+        self.installed = installed
 
     def buffer(self, ranks: int, batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """A send or receive buffer [N, B, H, D + 2] (D + 1 for fp32)."""
@@ -35,6 +36,12 @@ class VllmOps:
         self._module._dcp_a2a_pack_send(
             output, lse, send, ranks, heads, output.shape[-1], extra, lengths, query_start_loc
         )
+
+    def function(self, name: str, needs_installed: bool = False):
+        """A whole function or class of the file. LookupError for one that the stubs of the file form cannot carry."""
+        if needs_installed and not self.installed:
+            raise LookupError(f"{name} needs an installed vLLM, not the file alone")
+        return getattr(self._module, name)
 
     def combine(self, received) -> torch.Tensor:
         """[N, B, H, D + 2] -> [B, H, D], base e, without the LSE."""
@@ -50,7 +57,7 @@ def load(path: Path | None) -> VllmOps | None:
     if importlib.util.find_spec("vllm") is None:
         return None
     module = importlib.import_module("vllm.v1.attention.ops.dcp")
-    return VllmOps(module, f"vllm {importlib.import_module('vllm').__version__}")
+    return VllmOps(module, f"vllm {importlib.import_module('vllm').__version__}", installed=True)
 
 
 class _Anything:

@@ -4,9 +4,9 @@ Why: stock `_forward_with_dcp` gathers the DCP group's queries, because each ran
 rank has projected all Q/TPA heads of its group already: nothing is gathered, and new tokens are attended on owned heads
 only, with the KV heads that these read (a group may own part of one KV head, or several).
 Hook: `FlashAttentionImpl._forward_with_dcp`; its `do_kv_cache_update`, where tokens are counted for the proof of path;
-`FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the layer's query heads by DCP, which Helix's layers
-hold already; its `build`, which leaves the context out where no request has any: the dummy requests that a FULL CUDA
-graph is captured with have none, and every replay would leave it out.
+`FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the layer's query heads by DCP, which Helix's
+layers hold already; its `build`, which leaves the context out where no request has any: the dummy requests that a FULL
+CUDA graph is captured with have none, and every replay would leave it out.
 Upstream: vllm `v1/attention/backends/flash_attn.py`.
 Remove when: that backend takes Q/TPA heads.
 """
