@@ -61,7 +61,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
     plan: dict[str, PlannedCell] = {}
     ids: dict[str, str] = {}
     baselines: dict[Cell, Cell] = {}
-    skips: dict[tuple[str, int, str], str | None] = {}
+    skips: dict[tuple[str, int, bool, str], str | None] = {}
     added: set[tuple[str, str]] = set()  # (suite, key) of baselines; thousands of cells may share one
 
     def add(
@@ -77,7 +77,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             )
         if len(plan) >= LIMIT_CELLS:
             raise _contradiction(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
-        place = (cell.hardware, cell.tp, cell.vllm_version)
+        place = (cell.hardware, cell.tp, (SHARE_GPU, True) in cell.helix, cell.vllm_version)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
         lost = standard_tp_problem(cell.model, cell.tp, cell.hardware) if cell.baseline or base else None

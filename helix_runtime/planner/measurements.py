@@ -30,8 +30,8 @@ CLASSES = {
     "all_gather": "all-gather",
     "read": "stream",
 }
-#: Whole exchanges are made of several terms: `benchmarks.links` compares them, they calibrate none.
-_WHOLE = ("exchange",)
+#: Made of several terms, so that they calibrate none; `benchmarks.links` compares whole exchanges.
+_WHOLE = ("exchange", "hop_b")
 #: Series that stand for the machine rather than for the operation.
 _COPY, _EMPTY = "copy_", "empty"
 
