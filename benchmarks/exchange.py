@@ -121,14 +121,12 @@ def left(results: Results, wanted: list[Case]) -> list[tuple[Case, list[str]]]:
 def begun(asked: Asked, ranks: int, retry: bool) -> Results:
     """The results in the file, if they are of this machine and these versions; else none yet."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = (
-        {"torch": torch.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if device != "cpu" else {}
-    )
-    ops = vllm_ops.load(asked.vllm_ops) if device != "cpu" else None
-    versions["vllm"] = ops.source if ops else "not measured"
-    new = Results(
-        "exchange", f"python -m benchmarks.exchange --ranks {ranks}", device, versions, asked.json, asked.rounds
-    )
+    versions = {"torch": torch.__version__}
+    if device != "cpu":
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["vllm"] = vllm_ops.source(asked.vllm_ops) or "not measured"
+    command = f"python -m benchmarks.exchange --ranks {ranks}"
+    new = Results("exchange", command, device, versions, asked.json, asked.rounds)
     if not asked.json.exists():
         return new
     old = Results.read(asked.json)

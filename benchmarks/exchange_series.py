@@ -5,6 +5,7 @@ plain torch. vLLM's: `vllm_a2a`, `vllm_ag_rs` through torch's collectives, and `
 for MLA between the GPUs of one host. Bare collectives of the same sizes are what the planner's links are fitted to.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -67,6 +68,7 @@ def _vllm_ag_rs(here: Here, case: Case, vllm: VllmOps | None) -> Exchange:
 def _vllm_direct(here: Here, case: Case, vllm: VllmOps | None) -> Exchange:
     _needs_gpu(here)
     workspace = _installed(vllm).function("DirectDCPA2AWorkspace", needs_installed=True)
+    importlib.import_module("vllm._custom_ops")  # registers its kernel
     made = workspace(here.group, here.device, case.batch, case.heads, case.head_dim, case.dtype)
     return lambda output, lse: made.lse_reduce(output, lse, True)
 

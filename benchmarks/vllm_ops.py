@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -51,13 +52,24 @@ class VllmOps:
 
 def load(path: Path | None) -> VllmOps | None:
     """vLLM's kernels from `path`, else from the installed vLLM, else None."""
+    named = source(path)
+    if named is None:
+        return None
     if path is not None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        return VllmOps(_load_file(path), f"{path.name} sha256:{digest}")
+        return VllmOps(_load_file(path), named)
+    return VllmOps(importlib.import_module("vllm.v1.attention.ops.dcp"), named, installed=True)
+
+
+def source(path: Path | None) -> str | None:
+    """What `load` would take, by name, without importing it: a file with its digest, or the release."""
+    if path is not None:
+        return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if importlib.util.find_spec("vllm") is None:
         return None
-    module = importlib.import_module("vllm.v1.attention.ops.dcp")
-    return VllmOps(module, f"vllm {importlib.import_module('vllm').__version__}", installed=True)
+    try:
+        return f"vllm {metadata.version('vllm')}"
+    except metadata.PackageNotFoundError:  # unpacked beside us, or a build of another name
+        return "vllm"
 
 
 class _Anything:
