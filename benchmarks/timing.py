@@ -118,7 +118,7 @@ def _time(graphs: Mapping[str, Sequence[_Graph]], rounds: int) -> dict[str, Timi
         if turn >= 2:  # the first two warm up
             for name, start, end, calls in events:
                 samples[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: spread_of(values) for name, values in samples.items()}
 
 
 def _capture(calls: Sequence[Call]) -> _Graph:
@@ -130,6 +130,7 @@ def _capture(calls: Sequence[Call]) -> _Graph:
     return _Graph(graph, results)
 
 
-def _timing(values: list[float]) -> Timing:
+def spread_of(values: list[float]) -> Timing:
+    """Median and deciles of at least two times in microseconds."""
     deciles = statistics.quantiles(values, n=10)
     return Timing(round(statistics.median(values), 3), round(deciles[0], 3), round(deciles[-1], 3))

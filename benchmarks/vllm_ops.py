@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -21,9 +22,10 @@ import triton.language as tl
 class VllmOps:
     """The two launches of vLLM's All-to-All combine, over its own layout: each row carries its LSE behind it."""
 
-    def __init__(self, module: ModuleType, source: str):
+    def __init__(self, module: ModuleType, source: str, installed: bool = False):
         self._module = module
         self.source = source
+        self.installed = installed
 
     def buffer(self, ranks: int, batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """A send or receive buffer [N, B, H, D + 2] (D + 1 for fp32)."""
@@ -36,6 +38,12 @@ class VllmOps:
             output, lse, send, ranks, heads, output.shape[-1], extra, lengths, query_start_loc
         )
 
+    def function(self, name: str, needs_installed: bool = False):
+        """A whole function or class of the file. LookupError for one that the stubs of the file form cannot carry."""
+        if needs_installed and not self.installed:
+            raise LookupError(f"{name} needs an installed vLLM, not the file alone")
+        return getattr(self._module, name)
+
     def combine(self, received) -> torch.Tensor:
         """[N, B, H, D + 2] -> [B, H, D], base e, without the LSE."""
         extra = 4 // received.dtype.itemsize
@@ -44,13 +52,24 @@ class VllmOps:
 
 def load(path: Path | None) -> VllmOps | None:
     """vLLM's kernels from `path`, else from the installed vLLM, else None."""
+    named = source(path)
+    if named is None:
+        return None
     if path is not None:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        return VllmOps(_load_file(path), f"{path.name} sha256:{digest}")
+        return VllmOps(_load_file(path), named)
+    return VllmOps(importlib.import_module("vllm.v1.attention.ops.dcp"), named, installed=True)
+
+
+def source(path: Path | None) -> str | None:
+    """What `load` would take, by name, without importing it: a file with its digest, or the release."""
+    if path is not None:
+        return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     if importlib.util.find_spec("vllm") is None:
         return None
-    module = importlib.import_module("vllm.v1.attention.ops.dcp")
-    return VllmOps(module, f"vllm {importlib.import_module('vllm').__version__}")
+    try:
+        return f"vllm {metadata.version('vllm')}"
+    except metadata.PackageNotFoundError:  # unpacked beside us, or a build of another name
+        return "vllm"
 
 
 class _Anything:

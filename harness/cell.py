@@ -14,6 +14,8 @@ from helix_runtime.capability_rows import DEFAULT_VLLM, SUPPORTED_VLLM
 
 Comm = Literal["a2a", "ag_rs"]
 Value = str | int | float | bool
+#: The serve option that names vLLM's mode of CUDA graphs: PIECEWISE, FULL_DECODE_ONLY, FULL_AND_PIECEWISE, FULL.
+CUDA_GRAPHS = "compilation-config.cudagraph_mode"
 
 
 class Mode(StrEnum):

@@ -28,6 +28,7 @@ class Rules(NamedTuple):
     block_size: int | None
     allow_gqa_tpa1: bool
     eager: bool
+    unproved_cuda_graphs: bool
     vllm_version: str
 
 
@@ -51,6 +52,7 @@ def declare(cell: Cell, refusal: str | None = None) -> Declaration:
             block_size=int(block_size) if block_size is not None else None,
             allow_gqa_tpa1=dict(cell.helix).get("allow_gqa_tpa1") is True,
             eager=options.get("enforce-eager") is True,
+            unproved_cuda_graphs=dict(cell.helix).get("unproved_cuda_graphs") is True,
             vllm_version=cell.vllm_version,
         )
     )
@@ -141,7 +143,7 @@ def _from_table(rules: Rules, mla: bool | None) -> Declaration:
         prefix = f"auto is {backend}: "
     if rules.mode.startswith("helix") and rules.hardware != "cpu":
         asked = None if rules.backend == "auto" else rules.backend
-        if refused := capabilities.plugin_refusal_on_cuda(asked, bool(mla), rules.eager):
+        if refused := capabilities.plugin_refusal_on_cuda(asked, bool(mla), rules.eager, rules.unproved_cuda_graphs):
             return Declaration(Verdict.REJECTED, f"the plugin so far: {refused}", refused)
     row = capabilities.declare(backend, rules.hardware, rules.mode, rules.vllm_version)
     verdict = {

@@ -12,7 +12,7 @@ from importlib import metadata
 from itertools import product
 
 from harness.bench.spec import BenchSpec
-from harness.cell import Cell, Mode, Value
+from harness.cell import CUDA_GRAPHS, Cell, Mode, Value
 from harness.declared import Declaration, comparable_tp, declare, standard_tp_problem
 from harness.frozen import Frozen
 from harness.hardware import Hardware
@@ -67,7 +67,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
     plan: dict[str, PlannedCell] = {}
     ids: dict[str, str] = {}
     baselines: dict[Cell, Cell] = {}
-    skips: dict[tuple[str, int, str], str | None] = {}
+    skips: dict[tuple[str, int, bool, str], str | None] = {}
     added: set[tuple[str, str]] = set()  # (suite, key) of baselines; thousands of cells may share one
 
     def add(
@@ -81,7 +81,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             raise _unusable(suite, f"two cells are both called {cell.id}; give one an option that tells them apart")
         if len(plan) >= LIMIT_CELLS:
             raise _unusable(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
-        place = (cell.hardware, cell.tp, cell.vllm_version)
+        place = (cell.hardware, cell.tp, (SHARE_GPU, True) in cell.helix, cell.vllm_version)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
         lost = standard_tp_problem(cell.model, cell.tp, cell.hardware) if cell.baseline or base else None
@@ -151,8 +151,11 @@ def cells_of(group: Group, suite: Suite) -> Iterator[Cell]:
 
 
 def on_one_gpu(cell: Cell) -> Cell:
-    """`cell` with its ranks on one GPU, which takes eager mode; a CPU cell or a single rank as it is."""
-    if cell.hardware == "cpu" or cell.tp == 1:
+    """`cell` with its ranks on one GPU, which takes eager mode.
+
+    A CPU cell or a single rank as it is; so is a cell about CUDA graphs, which needs a GPU for each rank.
+    """
+    if cell.hardware == "cpu" or cell.tp == 1 or CUDA_GRAPHS in dict(cell.serve):
         return cell
     serve = tuple((name, value) for name, value in cell.serve if name != "enforce-eager")
     helix = tuple((name, value) for name, value in cell.helix if name != SHARE_GPU)

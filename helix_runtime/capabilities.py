@@ -73,15 +73,23 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
 PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN", "FLASHINFER"), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
 
 
-def plugin_refusal_on_cuda(backend: str | None, use_mla: bool, eager: bool) -> str | None:
-    """Why the plugin refuses Helix on CUDA with this backend (None: vLLM's choice) so far, or None."""
+def plugin_refusal_on_cuda(
+    backend: str | None, use_mla: bool, eager: bool, unproved_cuda_graphs: bool = False
+) -> str | None:
+    """Why the plugin refuses Helix on CUDA with this backend (None: vLLM's choice) so far, or None.
+
+    `unproved_cuda_graphs`: the Helix option that lets CUDA graphs be tried.
+    """
     kind = "MLA" if use_mla else "GQA"
     if backend not in PLUGIN_ON_CUDA[kind]:
         asked = "the backend that vLLM would choose" if backend is None else backend
         allowed = ", ".join(f"--attention-backend {name}" for name in PLUGIN_ON_CUDA[kind])
         return f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}"
-    if not eager:
-        return "no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager"
+    if not (eager or unproved_cuda_graphs):
+        return (
+            "no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager "
+            "(to validate them there is the helix option unproved_cuda_graphs)"
+        )
     return None
 
 

@@ -21,12 +21,23 @@ class DeviceCounters:
     def __init__(self, device: torch.device | str, names: Sequence[str], together: Sequence[tuple[str, ...]] = ()):
         self.names = tuple(names)
         self.values = torch.zeros(len(self.names), dtype=torch.int64, device=device)
+        self.step = torch.zeros_like(self.values)
+        self.follows = False  # whether a graph adds `step`
         self._index = {name: index for index, name in enumerate(self.names)}
         self._increments = {key: self._increment(key) for key in (*((name,) for name in self.names), *together)}
 
     def bump(self, *names: str) -> None:
         """Add 1 to each of `names`, which is one of `together` or one name: one addition on the current stream."""
         self.values.add_(self._increments[names])
+
+    def bump_step(self) -> None:
+        """Add what `set_step` last said: for a captured graph that is replayed for steps of several kinds."""
+        self.follows = True
+        self.values.add_(self.step)
+
+    def set_step(self, which: torch.Tensor, yes: tuple[str, ...], no: tuple[str, ...]) -> None:
+        """`bump_step` adds 1 to each of `yes` where `which` (one bool on the device) holds, else to each of `no`."""
+        self.step.copy_(torch.where(which, self._increments[yes], self._increments[no]))
 
     def add(self, name: str, by: torch.Tensor | int) -> None:
         """Add a number, or a tensor of one integer on the same device, without waiting for it."""

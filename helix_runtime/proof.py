@@ -40,6 +40,7 @@ COUNTERS = (
     "exchange_members",  # members of the groups of these three, summed over calls
     "misplaced_tokens",  # tokens written to a rank that does not own them, or not written by the one that does
     "overlapped_combine",  # decode combines that ran beside the attention of the next micro-batch (HOP-B)
+    "replayed_combine",  # of all combines, those that a replay of a captured CUDA graph ran
 )
 
 
@@ -49,6 +50,8 @@ class RankProof:
 
     `micro_batches`: into how many a decode batch is cut (`helix.overlap`).
     `q_replicated`: every MLA layer projects the queries of its whole DCP group (`--dcp-q-replicate`): no gather.
+    `cudagraph_mode`: vLLM's name of the mode of CUDA graphs that it settled on; `graphs_captured`: how many there are.
+    Both are known where a proof is counted on the device.
     `on_device`: the counters are counted on the device, replays of graphs included, and lag by up to PUBLISHED.
     """
 
@@ -73,6 +76,8 @@ class RankProof:
     on_device: bool = False
     micro_batches: int = 1
     q_replicated: bool = False
+    cudagraph_mode: str = ""
+    graphs_captured: int = 0
     counters: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,6 +109,7 @@ class ProofWriter:
 
     def __init__(self, folder: str | os.PathLike | None, rank: int):
         self.on_device: DeviceCounters | None = None
+        self.proof: RankProof | None = None
         self.folder = Path(folder) if folder else None
         self.rank = rank
         if self.folder:
@@ -116,11 +122,17 @@ class ProofWriter:
 
     def identify(self, proof: RankProof) -> None:
         """Write who this worker is, atomically."""
+        self.proof = proof
         if self.folder:
             path = self.folder / f"rank{self.rank}.json"
             scratch = path.with_suffix(".tmp")
             scratch.write_text(json.dumps(dataclasses.asdict(proof)))
             scratch.replace(path)
+
+    def amend(self, **changes) -> None:
+        """Write again who this worker is, with what was not known before; nothing where nobody was identified."""
+        if self.proof:
+            self.identify(dataclasses.replace(self.proof, **changes))
 
     def count_on(self, device: "torch.device") -> "DeviceCounters":
         """Count on `device` from now on."""
@@ -136,14 +148,25 @@ class ProofWriter:
         else:
             self._counters[_INDEX[name]] += int(by)
 
-    def ran(self, phase: str, combined: bool = True) -> None:
-        """Count an attention call of `phase` (`decode` or `prefill`), and the combine that followed if one did."""
+    def ran(self, phase: str, combined: bool = True, captured: bool = False) -> None:
+        """Count an attention call of `phase` (`decode` or `prefill`), and the combine that followed if one did.
+
+        `captured`: a CUDA graph is being captured, and every replay shall count. One that is captured with several new
+        tokens a request serves any batch: what its replay ran is what `step_is` said of the step.
+        """
         names = (f"{phase}_attention", f"{phase}_combine") if combined else (f"{phase}_attention",)
-        if self.on_device:
-            self.on_device.bump(*names)
+        if self.on_device and captured and phase == "prefill":
+            self.on_device.bump_step()
+        elif self.on_device:
+            self.on_device.bump(*names, *(["replayed_combine"] if captured else []))
         else:
             for name in names:
                 self.count(name)
+
+    def step_is(self, prefill: "torch.Tensor") -> None:
+        """Say on the device, outside of any graph, whether the step that comes holds prefill tokens: one bool."""
+        if self.on_device and self.on_device.follows:
+            self.on_device.set_step(prefill, _REPLAYED["prefill"], _REPLAYED["decode"])
 
     def publish(self, values: list[int]) -> None:
         """Put values that were counted on a device where readers look."""
@@ -170,6 +193,8 @@ def read_proofs(folder: str | os.PathLike) -> list[RankProof]:
 
 
 #: What `ProofWriter.ran` counts at once.
-TOGETHER = tuple((f"{phase}_attention", f"{phase}_combine") for phase in ("decode", "prefill"))
+_PAIRS = {phase: (f"{phase}_attention", f"{phase}_combine") for phase in ("decode", "prefill")}
+_REPLAYED = {phase: (*pair, "replayed_combine") for phase, pair in _PAIRS.items()}
+TOGETHER = (*_PAIRS.values(), *_REPLAYED.values())
 
 _INDEX = {name: index for index, name in enumerate(COUNTERS)}

@@ -6,6 +6,7 @@ its own, in bf16: 8 to 16 billion numbers do not fit into one comfortably. A GPU
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,12 @@ from helix_runtime.shapes import config_of
 _HUBS = {
     "nemotron-nano-8b": "nvidia/Llama-3.1-Nemotron-Nano-8B-v1",
     "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite-Chat",
+    "llama-8b-512k": "meta-llama/Llama-3.1-8B-Instruct",
+    "deepseek-v2-lite-512k": "deepseek-ai/DeepSeek-V2-Lite-Chat",
 }
+
+#: Positions of the shapes that are measured beyond their published context: 512k and room for an answer.
+LONG = 132 * 4096
 
 #: What their public configs say beyond the committed structural fields.
 _FURTHER: dict[str, dict] = {
@@ -50,6 +56,13 @@ _FURTHER: dict[str, dict] = {
         "norm_topk_prob": False,
         "routed_scaling_factor": 1.0,
     },
+}
+
+_FURTHER["llama-8b-512k"] = {**_FURTHER["nemotron-nano-8b"], "max_position_embeddings": LONG}
+_FURTHER["deepseek-v2-lite-512k"] = {
+    **_FURTHER["deepseek-v2-lite"],
+    "rope_parameters": {**_FURTHER["deepseek-v2-lite"]["rope_parameters"], "factor": LONG / 4096},
+    "max_position_embeddings": LONG,
 }
 
 #: Spread of the router's logits: the sixth expert then weighs little, so that a near-tie for its place changes little.
@@ -164,10 +177,10 @@ def _mlp(recipe: Recipe, config: dict, layer: int, at: str) -> Iterator[Weight]:
     yield from dense(at + "mlp.shared_experts.", config["moe_intermediate_size"] * config["n_shared_experts"])
 
 
-@family(f"(?P<name>{'|'.join(_HUBS)})")
+@family(f"(?P<name>{'|'.join(map(re.escape, _HUBS))})")
 def published(name: str) -> Recipe:
-    """The recipe of a published shape: its vocabulary and positions are those of the committed config."""
-    config = config_of(_HUBS[name])
+    """The recipe of a published shape: its vocabulary and positions are those of the committed config, or LONG."""
+    config = {**config_of(_HUBS[name]), **_FURTHER[name]}
     return PublishedRecipe(
         name=name, hub=_HUBS[name], vocab=config["vocab_size"], positions=config["max_position_embeddings"]
     )

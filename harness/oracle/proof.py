@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from harness.cell import Cell, Mode
+from harness.cell import CUDA_GRAPHS, Cell, Mode
 from helix_runtime.proof import RankProof
 
 
@@ -46,6 +46,8 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof], longest: int = 0) -> st
             return f"rank {proof.rank}: {combined} combines ran for {attended} decode attentions: some were not merged"
         if cell.kvp > 1 and longest > proof.interleave * proof.kvp_rank and not proof.counters.get("local_tokens", 0):
             return f"rank {proof.rank} holds no token, though a sequence had {longest}: others hold its share"
+        if other := _graphs(cell, proof):
+            return f"rank {proof.rank}: {other}"
         if cell.hardware == "cpu" and cell.kvp > 1 and (other := _exchanges(proof, combine)):
             return f"rank {proof.rank}: {other}"
     return _ownership(proofs)
@@ -69,6 +71,21 @@ def _exchanges(proof: RankProof, combine: str) -> str | None:
     calls, members = combines * len(wanted), counts.get("exchange_members", 0)
     if members != calls * proof.kvp:
         return f"{calls} exchanges ran among {members} members in all, not among {proof.kvp} each"
+    return None
+
+
+def _graphs(cell: Cell, proof: RankProof) -> str | None:
+    """None when CUDA graphs ran as far as the cell asks for them. PIECEWISE ones leave attention outside."""
+    asked = dict(cell.serve).get(CUDA_GRAPHS)
+    if asked in (None, "NONE"):
+        return None
+    full = str(asked).startswith("FULL")
+    if proof.cudagraph_mode in ("", "NONE") or (full and not proof.cudagraph_mode.startswith("FULL")):
+        return f"vLLM settled on CUDA graphs {proof.cudagraph_mode or 'unknown'}, the cell asks for {asked}"
+    if not proof.graphs_captured:
+        return f"no CUDA graph was captured, the cell asks for {asked}"
+    if full and cell.kvp > 1 and not proof.counters.get("replayed_combine", 0):
+        return f"no combine ran in a replay of a CUDA graph, the cell asks for {asked}"
     return None
 
 

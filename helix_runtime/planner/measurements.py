@@ -30,6 +30,8 @@ CLASSES = {
     "all_gather": "all-gather",
     "read": "stream",
 }
+#: Made of several terms, so that they calibrate none; `benchmarks.links` compares whole exchanges.
+_WHOLE = ("exchange", "hop_b")
 #: Series that stand for the machine rather than for the operation.
 _COPY, _EMPTY = "copy_", "empty"
 
@@ -81,6 +83,8 @@ def read_measurements(folder: Path) -> Found:
 
 def _of_row(row: dict, gpu: Gpu, source: str) -> Iterator[Measurement]:
     operation = row["operation"]
+    if operation in _WHOLE:
+        return
     kind = next((kind for prefix, kind in CLASSES.items() if operation.startswith(prefix)), None)
     if kind is None:
         raise ValueError(f"operation {operation!r}; known: {', '.join(CLASSES)}")

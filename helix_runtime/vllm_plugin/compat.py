@@ -167,6 +167,12 @@ SURFACE: tuple[Surface, ...] = (
         platform="cuda",
     ),
     Surface(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build",
+        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        "FLASH_ATTN",
+        platform="cuda",
+    ),
+    Surface(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.__init__",
         ("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
         "FLASH_ATTN",

@@ -15,12 +15,14 @@ from helix_runtime.vllm_plugin.faults import FAULTS, NO_FAULT, NOTHING_ARMED, Fa
 _POINTS = tuple(name for name, point in vars(Fault).items() if callable(point) and not name.startswith("_"))
 _HERE = {"partial", "merged"}
 _RESTRICTIONS = ("batch", "single", "decode", "prefill", "rank", "call", "head")
+#: … where CUDA graphs are captured: Python chooses once, at capture, and so nothing that changes from step to step.
+_RESTRICTIONS_CAPTURED = ("rank", "head")
 
 
 def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Tensor, *args, **how):
     """`combine(output, lse, …)` of this rank's partial, output [T, H, D] and lse [T, H], counted as `phase`."""
     context = current()
-    context.proof.ran(phase)
+    context.proof.ran(phase, captured=torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     fault, site = _struck(context, phase, lse)
     if fault is NO_FAULT:
         return combine(output, lse, *args, **how)
@@ -54,15 +56,19 @@ def _struck(context: ContextParallel, phase: str, lse: torch.Tensor) -> tuple[Fa
     return context.armed.at(site), site
 
 
-def fault_problem(spec: str) -> str | None:
-    """Why the fault `spec` cannot strike on CUDA, with what can, or None. The spec itself is known to be right."""
+def fault_problem(spec: str, captured: bool = False) -> str | None:
+    """Why the fault `spec` cannot strike on CUDA, with what can, or None. The spec itself is known to be right.
+
+    `captured`: the server captures CUDA graphs.
+    """
     name, _, restrictions = spec.partition(":")
     possible = sorted(known for known, kind in FAULTS.items() if _strikes_here(kind))
     if name not in possible:
         return f"fault {name} lives in the CPU backends; on CUDA: {', '.join(possible)}"
+    allowed, where = (_RESTRICTIONS_CAPTURED, "in CUDA graphs") if captured else (_RESTRICTIONS, "on CUDA")
     for when in restrictions.split(",") if restrictions else ():
-        if when.partition("=")[0] not in _RESTRICTIONS:
-            return f"fault {name} cannot be restricted to {when} on CUDA; allowed: {', '.join(_RESTRICTIONS)}"
+        if when.partition("=")[0] not in allowed:
+            return f"fault {name} cannot be restricted to {when} {where}; allowed: {', '.join(allowed)}"
     return None
 
 

@@ -8,6 +8,7 @@ Remove when: vLLM reports which combine ran, and how often.
 """
 
 from helix_runtime.vllm_plugin.compat import patch
+from helix_runtime.vllm_plugin.context_parallel import current
 from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
 
 
@@ -20,12 +21,23 @@ def _init_combine(original):
     def init_combine(self, *args, **kwargs):
         upstream = original(self, *args, **kwargs)
 
+        _name_direct(upstream)
+
         def combine(partial_output, partial_lse, **lengths):
             return combined("decode", upstream, partial_output, partial_lse, **lengths)
 
         return combine
 
     return init_combine
+
+
+def _name_direct(upstream) -> None:
+    """Between GPUs of one host vLLM exchanges through symmetric memory, not by what `--dcp-comm-backend` names."""
+    function = getattr(upstream, "func", upstream)
+    if function.__name__ == "_direct_workspace_combine":
+        context = current()
+        context.combine_name = f"{function.__module__}.{function.__qualname__}"
+        context.proof.amend(combine_impl=context.combine_name)
 
 
 def _do_kv_cache_update(original):

@@ -4,8 +4,9 @@ Why: stock `_forward_with_dcp` gathers the DCP group's queries, because each ran
 rank has projected all Q/TPA heads of its group already: nothing is gathered, and new tokens are attended on owned heads
 only, with the KV heads that these read (a group may own part of one KV head, or several).
 Hook: `FlashAttentionImpl._forward_with_dcp`; its `do_kv_cache_update`, where tokens are counted for the proof of path;
-`FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the
-layer's query heads by DCP, which Helix's layers hold already.
+`FlashAttentionMetadataBuilder.__init__`, whose scheduler multiplies the layer's query heads by DCP, which Helix's
+layers hold already; its `build`, which leaves the context out where no request has any: the dummy requests that a FULL
+CUDA graph is captured with have none, and every replay would leave it out.
 Upstream: vllm `v1/attention/backends/flash_attn.py`.
 Remove when: that backend takes Q/TPA heads.
 """
@@ -24,6 +25,7 @@ def install() -> None:
     patch(f"{_MODULE}:FlashAttentionImpl._forward_with_dcp", _forward_with_dcp)
     patch(f"{_MODULE}:FlashAttentionImpl.do_kv_cache_update", _do_kv_cache_update)
     patch(f"{_MODULE}:FlashAttentionMetadataBuilder.__init__", _builder_init)
+    patch(f"{_MODULE}:FlashAttentionMetadataBuilder.build", _build)
 
 
 def _builder_init(original):
@@ -35,6 +37,17 @@ def _builder_init(original):
             self.num_heads_q //= context.kvp
 
     return __init__
+
+
+def _build(original):
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        if current().helix and self.use_full_cuda_graph:
+            # Whether any request has context is told by this bound. Without it all have: a graph holds the exchange,
+            # and a step that replays it has its schedule, with empty shards where there is no context.
+            common_attn_metadata = common_attn_metadata.replace(seq_lens_cpu_upper_bound=None)
+        return original(self, common_prefix_len, common_attn_metadata, fast_build)
+
+    return build
 
 
 def _forward_with_dcp(original):

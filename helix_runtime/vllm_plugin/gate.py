@@ -12,7 +12,7 @@ import copy
 
 from helix_runtime.capabilities import plugin_refusal_on_cuda
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
-from helix_runtime.vllm_plugin import cpu_platform, share_gpu
+from helix_runtime.vllm_plugin import cpu_platform, cuda_graphs, share_gpu
 from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
 from helix_runtime.vllm_plugin.compat import check_version, patch, probe
 from helix_runtime.vllm_plugin.cuda_combine import fault_problem
@@ -83,6 +83,8 @@ def admit(config, options: HelixOptions) -> Layout:
         )
     refuse_unproved(config)
     layout = layout_of(config, options)
+    if options.unproved_cuda_graphs:
+        cuda_graphs.admit(config, options)
     if options.share_gpu:
         share_gpu.admit(config)
     if parallel.decode_context_parallel_size > 1:
@@ -113,14 +115,14 @@ def _admit_on_cpu(config, options: HelixOptions) -> None:
 
 
 def _admit_on_cuda(config, options: HelixOptions) -> None:
-    """What is proved on CUDA so far, without CUDA graphs. Raises HelixRefusal for the rest."""
-    backend = config.attention_config.backend
+    """What is proved on CUDA so far, or asked for as unproved. Raises HelixRefusal for the rest."""
+    backend, eager = config.attention_config.backend, config.model_config.enforce_eager
     refusal = options.helix_mode and plugin_refusal_on_cuda(
-        backend and backend.name, config.model_config.use_mla, config.model_config.enforce_eager
+        backend and backend.name, config.model_config.use_mla, eager, options.unproved_cuda_graphs
     )
     if refusal:
         raise HelixRefusal(refusal)
-    if options.fault and (problem := fault_problem(options.fault)):
+    if options.fault and (problem := fault_problem(options.fault, captured=not eager)):
         raise HelixRefusal(problem)
     if options.capture:
         raise HelixRefusal("capture exists for the CPU backends only; drop it from the helix options")

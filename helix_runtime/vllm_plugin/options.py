@@ -18,6 +18,7 @@ class HelixOptions:
         LSE-returning CPU backend where vLLM has none, and with the proof of path.
     allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
     share_gpu: all ranks on one GPU, for validation on a machine that has one (`share_gpu.py`).
+    unproved_cuda_graphs: let Helix run inside CUDA graphs, which no cell has proved: for validation (`cuda_graphs.py`).
     proof_dir: folder for each worker's proof of path; None writes none.
     combine: which implementation of the `a2a` combine runs: `auto`, `upstream` (vLLM's own), or ours: `torch`,
         `triton`, `direct` (`exchange.py`).
@@ -30,6 +31,7 @@ class HelixOptions:
     helix_mode: bool = False
     allow_gqa_tpa1: bool = False
     share_gpu: bool = False
+    unproved_cuda_graphs: bool = False
     proof_dir: str | None = None
     capture: bool = False
     fault: str | None = None

@@ -1,16 +1,19 @@
-"""Our GPU exchanges among `world` processes that share one GPU. `python cuda_worker.py WORLD FOLDER`; 0 if all hold."""
+"""Our GPU exchanges among `world` processes. `python cuda_worker.py WORLD FOLDER [own]`; exit 0 if all hold.
+
+They share one GPU, with gloo through host memory in the place of NCCL, or have one each (`own`), with NCCL.
+"""
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-
-os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gloo_worker import expected_merge, random_partials
 
+from helix_runtime.combine import all_gather_reduce_scatter_combine
 from helix_runtime.combine.collectives import DIST
 from helix_runtime.combine.direct import DirectCombine, DirectUnavailable
 from helix_runtime.combine.packed import PackedCombine
@@ -45,7 +48,7 @@ def check_captured(combine, members, me):
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = [combine(output, lse + shift) for shift in range(3)]
     for seed in range(10, 14):
         outputs, lses = random_partials(seed, members, 8, members * 2, 128, torch.bfloat16, 0.0)
@@ -58,11 +61,19 @@ def check_captured(combine, members, me):
             torch.testing.assert_close(result.double().cpu(), expected, rtol=2e-2, atol=2e-2)
 
 
-def run(rank, world, folder):
-    torch.cuda.set_device(0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    group, device = dist.group.WORLD, torch.device("cuda", 0)
-    check(PackedCombine(group, Workspace(device), staged), world, rank)
+def run(rank, world, folder, own):
+    device = torch.device("cuda", rank if own else 0)
+    torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if own else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    group = dist.group.WORLD
+    if own:
+        packed = PackedCombine(group, Workspace(device))
+        check(packed, world, rank)
+        check_captured(packed, world, rank)
+        check(partial(all_gather_reduce_scatter_combine, group=group), world, rank)
+    else:
+        check(PackedCombine(group, Workspace(device), staged), world, rank)
     try:
         direct = DirectCombine(group, device, nbytes=4096)
     except DirectUnavailable as unavailable:
@@ -73,9 +84,12 @@ def run(rank, world, folder):
     check_captured(direct, world, rank)
     dist.barrier()
     if rank == 0:
-        print(f"direct ran among {world} ranks on one GPU")
+        print(f"direct ran among {world} ranks on {'a GPU each' if own else 'one GPU'}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    mp.spawn(run, args=(int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))
+    own = sys.argv[3:] == ["own"]
+    os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    os.environ |= {} if own else {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    mp.spawn(run, args=(int(sys.argv[1]), sys.argv[2], own), nprocs=int(sys.argv[1]))

@@ -24,6 +24,19 @@ def test_processes_on_one_gpu_exchange_by_our_kernels(world, tmp_path):
     assert f"direct ran among {world} ranks" in done.stdout, done.stdout
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_processes_with_a_gpu_each_exchange_by_our_kernels(world, tmp_path):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    worker = Path(__file__).with_name("cuda_worker.py")
+    done = subprocess.run(
+        [sys.executable, worker, str(world), str(tmp_path), "own"], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"direct ran among {world} ranks on a GPU each" in done.stdout, done.stdout
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A gloo group of one."""

@@ -42,6 +42,17 @@ def test_the_shape_is_the_published_one():
     assert shape("recipe:deepseek-v2-lite").use_mla
 
 
+def test_long_variants_have_the_published_shape_and_more_positions():
+    """Rotary tables are as long as the config says: Llama's by its positions, yarn's by factor times original."""
+    for name, hub in (("llama-8b-512k", "nemotron-nano-8b"), ("deepseek-v2-lite-512k", "deepseek-v2-lite")):
+        long, short = find(name).config(), find(hub).config()
+        assert long["max_position_embeddings"] == find(name).positions == 540672 >= 530_000
+        same = [key for key in short if key not in ("max_position_embeddings", "rope_parameters")]
+        assert {key: long[key] for key in same} == {key: short[key] for key in same}
+    yarn = find("deepseek-v2-lite-512k").config()["rope_parameters"]
+    assert yarn["factor"] * yarn["original_max_position_embeddings"] == 540672
+
+
 def test_they_are_written_one_layer_a_file_in_bf16_and_sized_as_asked(monkeypatch, tmp_path):
     monkeypatch.setenv("HELIX_CACHE", str(tmp_path))
     of_hub = published.config_of

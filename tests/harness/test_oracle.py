@@ -238,6 +238,30 @@ def test_each_claim_is_checked(changes, said):
     assert said in check_proof(CELL, proofs(**changes))
 
 
+GRAPHS = {"cudagraph_mode": "FULL_AND_PIECEWISE", "graphs_captured": 5, "counters": RAN | {"replayed_combine": 9}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "said"),
+    [
+        ("FULL", {}, None),  # vLLM's own step down from FULL still captures the decode
+        ("PIECEWISE", {"cudagraph_mode": "PIECEWISE", "counters": RAN}, None),  # attention runs between the graphs
+        ("NONE", {"cudagraph_mode": "NONE", "graphs_captured": 0, "counters": RAN}, None),
+        ("FULL", {"cudagraph_mode": "PIECEWISE"}, "settled on CUDA graphs PIECEWISE, the cell asks for FULL"),
+        ("PIECEWISE", {"cudagraph_mode": "NONE"}, "settled on CUDA graphs NONE"),
+        ("PIECEWISE", {"cudagraph_mode": ""}, "settled on CUDA graphs unknown"),
+        ("FULL", {"graphs_captured": 0}, "no CUDA graph was captured"),
+        ("FULL_DECODE_ONLY", {"counters": RAN}, "no combine ran in a replay of a CUDA graph"),
+    ],
+)
+def test_a_cell_about_cuda_graphs_must_have_replayed_them(asked, changes, said):
+    cell = CELL.model_copy(update={"serve": (("compilation-config.cudagraph_mode", asked),)})
+    every = [dataclasses.replace(proof, **GRAPHS) for proof in proofs()]
+    every[3] = dataclasses.replace(every[3], **changes)
+    found = check_proof(cell, every)
+    assert found is None if said is None else said in found
+
+
 def test_a_rank_that_must_hold_tokens_and_holds_none_is_named():
     """Interleave 16: the second rank of a group holds a token from a length of 17 on."""
     uneven = [

@@ -46,6 +46,13 @@ def test_cpu_cells_and_single_ranks_stay_as_they_are(cell):
         assert on_one_gpu(other) is other
 
 
+def test_a_cell_about_cuda_graphs_shares_no_gpu(cell):
+    """Collectives through host memory cannot be captured: it stays as it is, and is skipped for want of GPUs."""
+    graphs = cell.model_copy(update={"serve": (("compilation-config.cudagraph_mode", "FULL"),)})
+    assert on_one_gpu(graphs) is graphs
+    assert "needs 4 hopper GPUs; this host has 1" in skip_reason(graphs, ONE_HOPPER)
+
+
 def test_the_baseline_shares_too_and_is_compared_with_a_stock_single_rank(cell):
     base = baseline_of(on_one_gpu(cell.model_copy(update={"helix": (("allow_gqa_tpa1", True),)})))
     assert base.mode is Mode.STANDARD_TP

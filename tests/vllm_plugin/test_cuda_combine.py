@@ -68,3 +68,10 @@ def test_faults_of_the_cpu_backends_are_refused_by_name():
     assert fault_problem("lse-base-2:decode") is None and fault_problem("lse-of-next-head:head=3") is None
     assert "lives in the CPU backends; on CUDA: " in fault_problem("swap-chunks")
     assert "allowed: batch, single, decode" in fault_problem("lse-of-next-head:layer=1")
+
+
+def test_in_cuda_graphs_a_fault_cannot_choose_its_steps():
+    assert fault_problem("lse-base-2", captured=True) is None
+    assert fault_problem("lse-of-next-head:rank=1,head=3", captured=True) is None
+    refusal = fault_problem("lse-base-2:decode", captured=True)
+    assert refusal == "fault lse-base-2 cannot be restricted to decode in CUDA graphs; allowed: rank, head"

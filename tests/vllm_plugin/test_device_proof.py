@@ -41,6 +41,65 @@ def test_bumping_allocates_nothing_and_keeps_its_address():
     assert counters.values.data_ptr() == before
 
 
+def test_a_graph_for_any_batch_counts_what_the_step_holds():
+    """What is added is read when a graph is replayed, so the same addition counts a decode step, then a prefill."""
+    proof = ProofWriter(None, 0)
+    counters = proof.count_on(torch.device("cpu"))
+    before = counters.step.data_ptr()
+    proof.step_is(torch.tensor(True))  # no graph adds it: nothing is written
+    assert not counters.step.any()
+    proof.ran("decode", captured=True)
+    proof.ran("prefill", captured=True)  # the capture: nothing is known of the step yet
+    for prefill in (False, False, True):
+        proof.step_is(torch.tensor(prefill))
+        counters.values.add_(counters.step)  # what a replay does
+    counted = {name: value for name, value in zip(counters.names, counters.read(), strict=True) if value}
+    assert counted == {
+        "decode_attention": 3, "decode_combine": 3, "prefill_attention": 1, "prefill_combine": 1, "replayed_combine": 4,
+    }  # fmt: skip
+    assert counters.step.data_ptr() == before
+
+
+def test_the_tokens_of_a_step_say_what_its_graphs_count(counted):
+    """One new token a request is decode, padding or not; a request with three is not."""
+    pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
+    from helix_runtime.vllm_plugin.device_proof import count_tokens
+
+    for starts, phase in (([0, 1, 2, 2], "decode"), ([0, 3, 4, 4], "prefill")):
+        proof = ProofWriter(None, 0)
+        counters = proof.count_on(torch.device("cpu"))
+        proof.ran("prefill", captured=True)
+        context = SimpleNamespace(proof=proof, interleave=2, kvp=2, kvp_rank=0)
+        count_tokens(context, torch.tensor([-1] * 4), torch.tensor(starts), torch.tensor([0, 1, 2, 3]))
+        counts = {name for name, value in zip(COUNTERS, counters.step.tolist(), strict=True) if value}
+        assert counts == {f"{phase}_attention", f"{phase}_combine", "replayed_combine"}
+
+
+def test_what_is_known_later_is_written_again(tmp_path):
+    writer = ProofWriter(tmp_path, 0)
+    writer.amend(cudagraph_mode="FULL")  # nobody yet
+    writer.identify(record())
+    writer.amend(cudagraph_mode="FULL_AND_PIECEWISE", graphs_captured=10)
+    (proof,) = read_proofs(tmp_path)
+    assert (proof.cudagraph_mode, proof.graphs_captured, proof.backend) == ("FULL_AND_PIECEWISE", 10, "B")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replay_of_a_graph_for_any_batch_counts_the_step():
+    proof = ProofWriter(None, 0)
+    counters = proof.count_on(torch.device("cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        proof.ran("prefill", captured=True)
+    counters.reset()
+    for prefill in (False, True, False):
+        proof.step_is(torch.tensor(prefill, device="cuda"))
+        graph.replay()
+    torch.cuda.synchronize()
+    counted = dict(zip(counters.names, counters.read(), strict=True))
+    assert (counted["decode_combine"], counted["prefill_combine"], counted["replayed_combine"]) == (2, 1, 3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_of_a_graph_are_counted():
     proof = ProofWriter(None, 0)

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# What takes several GPUs of one host, most wanted first: benchmarks/several_gpus.sh OUT [PART …]
+#
+# Call it again with the same OUT after a cut: finished parts are passed over, benchmarks and suites go on where they
+# stopped (with the same code; else suites run again). Parts: tests exchange eager graphs hop-b perf more; all of them
+# unless some are named. LIMIT=N scales every part's time limit by N percent. DCP_PY: vLLM's vllm/v1/attention/ops/dcp.py,
+# where vLLM itself is not installed; the suites need an installed vLLM, or `source benchmarks/offline_host.sh SITE`.
+# NVLink multicast stays off: in NCCL, in torch's symmetric memory, and in everything of vLLM's that would ask for it.
+set -u
+out=$(realpath -m "$1"); mkdir -p "$out"; shift
+wanted=" ${*:-tests exchange eager graphs hop-b perf more} "
+vllm=${DCP_PY:+--vllm-ops $DCP_PY}
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+export VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_ALLREDUCE_USE_FLASHINFER=0 VLLM_FLASHINFER_ALLREDUCE_BACKEND=trtllm
+export VLLM_USE_DIRECT_DCP_Q_GATHER=0 VLLM_USE_DIRECT_DCP_KV_GATHER=0
+read -r gpus name < <(python3 -c "
+import torch
+count = torch.cuda.device_count()
+print(count, torch.cuda.get_device_name().split()[1].lower() if count else 'none')")
+[ "$gpus" -ge 2 ] || { echo "several_gpus.sh needs two GPUs; $gpus are here"; exit 1; }
+sizes=$(for n in 8 4 2; do [ "$n" -le "$gpus" ] && echo "$n"; done)
+most=${sizes%%$'\n'*}
+echo "$gpus GPUs ($name); ranks: $(echo $sizes)"
+
+part() {  # part NAME SECONDS COMMAND …: unless it has ended well before
+  local part=$1 limit=$(($2 * ${LIMIT:-100} / 100)); shift 2
+  [ -e "$out/$part.done" ] && return 0
+  echo "== $part, $limit s"
+  timeout -s INT -k 30 "$limit" "$@" >> "$out/$part.log" 2>&1
+  local status=$?
+  [ $status -eq 0 ] && touch "$out/$part.done" || echo "$part ended with status $status"
+  tail -n 4 "$out/$part.log" | cut -c1-200
+  return $status
+}
+
+suite() {  # suite NAME SECONDS JOBS ARGUMENTS …: a run of the harness, resumed if it is there
+  local run=$out/run-$1 name=$1 limit=$2 jobs=$3; shift 3
+  if [ -e "$run/ledger.ndjson" ]; then set -- --resume "$run"; else set -- --hardware hopper --run-dir "$run" "$@"; fi
+  part "$name" "$limit" python3 -m harness run --jobs "$jobs" "$@"
+  [ $? -eq 1 ] && touch "$out/$name.done"  # verdicts that differ are an end as well; what was cut goes on next time
+}
+
+asked() { [[ $wanted == *" $1 "* ]]; }
+
+asked tests && part tests 240 python3 -m pytest -q -n 0 tests/combine/test_cuda_exchange.py tests/vllm_plugin/test_device_proof.py
+if asked exchange; then
+  for n in $sizes; do
+    part "exchange-n$n" 240 python3 -m benchmarks.exchange --ranks "$n" $vllm --json "$out/exchange-$name-n$n.json"
+  done
+  python3 -m benchmarks.links --json "$out/links-$name.json" "$out"/exchange-"$name"-n*.json > "$out/links.log" 2>&1
+fi
+if asked eager; then  # the largest layouts first: GQA on FLASH_ATTN, MLA
+  suite "eager-$most" 420 "$gpus" --suite several-gpus \
+    --cell "hopper/helix-gqa/FLASH_ATTN/*/tp$most-*/a2a/*=0.3/allow_gqa_tpa1=True/workload=smoke" \
+    --cell "hopper/helix-mla/FLASH*/tp$most-*/a2a/*=0.3/block-size=64/workload=smoke"
+fi
+if asked graphs; then
+  for mode in FULL_AND_PIECEWISE PIECEWISE FULL; do
+    suite "graphs-$mode-$most" 420 "$gpus" --suite several-gpus \
+      --cell "hopper/helix-*/FLASH_ATTN*/*/tp$most-*cudagraph_mode=$mode/*"
+  done
+fi
+if asked hop-b; then
+  for n in $sizes; do
+    part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
+  done
+fi
+if asked perf; then
+  suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/*/tp$most-*/max-model-len=140000/*"
+  suite "perf-512k-$most" 900 1 --suite several-gpus-perf --cell "hopper/*/tp$most-*/max-model-len=530000/*"
+fi
+if asked more; then  # everything else that this host can hold
+  suite more 1800 "$gpus" --suite several-gpus
+  [ "$gpus" -ge 4 ] && suite others 1800 "$gpus" --suite standard-tp --suite standard-dcp --suite helix-gqa --suite helix-mla \
+    --cell 'hopper/*/llama-*' --cell 'hopper/*/deepseek-v2*/*'
+fi
