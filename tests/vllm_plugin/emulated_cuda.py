@@ -1,7 +1,7 @@
 """A stand-in for a Hopper GPU on a host without one: vLLM's own CUDA code runs, only compiled kernels are replaced.
 
-`install()` before anything of vLLM is imported. From there on vLLM believes that it runs on CUDA, on tensors that lie on
-the CPU: its platform, backends, metadata builders, wrappers and collectives are the real ones, and so are its Triton
+`install()` before anything of vLLM is imported. From there on vLLM believes that it runs on CUDA, on tensors that lie
+on the CPU: its platform, backends, metadata builders, wrappers and collectives are the real ones, and so are its Triton
 kernels (interpreted). FlashAttention 3, FlashMLA, FlashInfer and the cache kernels are plain torch with the arguments,
 shapes, dtypes, LSE layouts and LSE bases of the real ones; what these leave undefined (an empty shard) is NaN here.
 """
@@ -61,8 +61,8 @@ def _module(name: str, **contents) -> None:
 def _interpret_more() -> None:
     """What vLLM's kernels ask of Triton that its interpreter lacks.
 
-    A mask is 0 and 1 in integers where a flag was loaded and negated; launchers count a kernel's constants; bf16 is kept as
-    16 bits, which a product must not take for integers.
+    A mask is 0 and 1 in integers where a flag was loaded and negated; launchers count a kernel's constants; bf16 is
+    kept as 16 bits, which a product must not take for integers.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
@@ -79,7 +79,8 @@ def _interpret_more() -> None:
     product = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *rest):
-        return product(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return product(self, a, b, *rest)
 
     InterpreterBuilder.create_dot = create_dot
     InterpretedFunction.constexprs = property(
@@ -131,8 +132,8 @@ def _fa3_schedule(batch_size, max_q, max_k, heads_q, heads_kv, headdim, headdim_
 
 
 def _fa3_forward(
-    q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_k_new, used_q, used_k, max_q, max_k, block_table, batch_idx, leftpad,
-    rotary_cos, rotary_sin, rotary_lens, q_descale, k_descale, v_descale, scale, causal, left, right, softcap,
+    q, k, v, k_new, v_new, q_v, out, cu_q, cu_k, cu_k_new, used_q, used_k, max_q, max_k, block_table, batch_idx,
+    leftpad, rotary_cos, rotary_sin, rotary_lens, q_descale, k_descale, v_descale, scale, causal, left, right, softcap,
     interleaved, schedule, num_splits, pack_gqa, sm_margin, sinks, cp_world_size, cp_rank, cp_total,
 ):  # fmt: skip
     assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -166,8 +167,7 @@ def _fa3_forward(
                 position, total = position * cp_world_size + cp_rank, int(cp_total[row])
             visible = position <= torch.arange(total - (end - start), total)[:, None]
         output[start:end], lse[start:end] = (part.float() for part in _attend(queries, keys, values, scale, visible))
-    lse = torch.where(lse == -math.inf, math.inf, lse)
-    output = output.to(q.dtype)
+    lse, output = torch.where(lse == -math.inf, math.inf, lse), output.to(q.dtype)
     return (out.copy_(output) if out is not None else output), lse.T.contiguous(), None, None
 
 
@@ -193,8 +193,8 @@ def _flash_mla() -> dict:
         for row, length in enumerate(cache_seqlens.tolist()):
             if length:
                 keys = _pages(k_cache, block_table[row], length)
-                output[row], lse[row] = _attend(q[row], keys, keys[..., :512], softmax_scale)[0], 0
-                lse[row] = _attend(q[row], keys, keys[..., :512], softmax_scale)[1].T.float()
+                partial, natural = _attend(q[row], keys, keys[..., :512], softmax_scale)
+                output[row], lse[row] = partial.float(), natural.T.float()
         return output.to(q.dtype), lse
 
     names = ("flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func")

@@ -2,8 +2,9 @@
 
 vLLM is imported once, on a stand-in for a GPU (`emulated_cuda.py`), and each case's ranks are forked from here. A rank
 goes the way of a worker: the gate has admitted the configuration, `worker.activate` patches, vLLM's own groups are made
-over gloo, its model is built by the plugin's `load_model`, with the self-test, its KV cache and metadata builders as its
-engine and model runner make them. Then one attention layer answers a sequence of batches, compared with full attention in fp64.
+over gloo, its model is built inside the plugin's `load_model`, self-test included, its KV cache and metadata builders
+as its engine and model runner make them. Then one attention layer answers a sequence of batches, which is compared with
+full attention in fp64, and the proof of path is judged as the harness does.
 """
 
 import json
@@ -14,16 +15,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
 import emulated_cuda
-
-if __name__ == "__main__":
-    emulated_cuda.install()
-
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+
 
 def sequence_of_batches(span: int):
     """Batches of (request, position of its first new token, new tokens), of requests 0 to 4.
@@ -80,9 +76,9 @@ class Case:
 
         folder = folder / self.model
         folder.mkdir(exist_ok=True)
-        shape = find(self.model).config() | {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 64}
-        (folder / "config.json").write_text(json.dumps(shape))
-        helix = {"helix_mode": self.helix, "share_gpu": True, "combine": self.combine}
+        small = {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 64, "num_attention_heads": 8}
+        (folder / "config.json").write_text(json.dumps(find(self.model).config() | small))
+        helix = {"helix_mode": self.helix, "share_gpu": True, "combine": self.combine, "allow_gqa_tpa1": True}
         helix |= {"proof_dir": str(folder / f"proof-{os.getpid()}-{abs(hash(self))}")}
         helix |= {"fault": self.fault} if self.fault else {}
         return EngineArgs(
@@ -363,4 +359,5 @@ def main(folder: Path, cases: list[Case]) -> None:
 
 
 if __name__ == "__main__":
+    emulated_cuda.install()
     main(Path(sys.argv[1]), [Case(**case) for case in json.loads(Path(sys.argv[2]).read_text())])
