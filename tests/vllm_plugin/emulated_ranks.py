@@ -192,6 +192,20 @@ def _load_model(self, *, load_dummy_weights: bool = False) -> None:
         self.model_runner.model = initialize_model(self.vllm_config)
 
 
+def _dtypes_of_lse() -> set[str]:
+    """The dtypes in which LSEs reach a combine from here on."""
+    from helix_runtime.vllm_plugin import cuda_combine
+
+    seen, struck = set(), cuda_combine._struck
+
+    def noted(context, phase, lse):
+        seen.add(str(lse.dtype))
+        return struck(context, phase, lse)
+
+    cuda_combine._struck = noted
+    return seen
+
+
 def _kernels_without_a_gpu() -> None:
     """Our kernels for `helix.combine`, interpreted, where the device would let them fall back to torch."""
     from helix_runtime.combine.packed import PackedCombine
@@ -289,7 +303,7 @@ def run(case: Case, config, rank: int, rendezvous: str, results) -> None:
         with set_current_vllm_config(config):
             made = Rank(case, config, rank, rendezvous)
         data = (Mla if case.mla else Gqa)(made)
-        errors = []
+        errors, dtypes = [], _dtypes_of_lse()
         for batch in case.batches:
             rows = torch.tensor([(request, start + i) for request, start, count in batch for i in range(count)])
             found, wanted = made.answer(batch, data.inputs(rows)).double(), data.expected(rows)
@@ -300,7 +314,7 @@ def run(case: Case, config, rank: int, rendezvous: str, results) -> None:
 
         proof = current().proof
         proof.publish(proof.on_device.read())
-        results.put((rank, errors))
+        results.put((rank, (errors, sorted(dtypes))))
         from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 
         destroy_model_parallel()
@@ -326,7 +340,8 @@ def judge(case: Case, config, results: dict) -> dict:
     )  # fmt: skip
     longest = max(start + count for batch in case.batches for _, start, count in batch)
     return {
-        "errors": [max(column) for column in zip(*results.values(), strict=True)],
+        "errors": [max(column) for column in zip(*(errors for errors, _ in results.values()), strict=True)],
+        "lse_dtypes": sorted({dtype for _, dtypes in results.values() for dtype in dtypes}),
         "failed": None,
         "proof": check_proof(cell, proofs, longest),
         "counters": proofs[0].counters,
@@ -352,8 +367,13 @@ def main(folder: Path, cases: list[Case]) -> None:
         ]
         for process in ranks:
             process.start()
-        found = dict(results.get(timeout=120) for _ in ranks)
+        found = {}
+        while len(found) < case.tp and not any(isinstance(value, str) for value in found.values()):
+            rank, said = results.get(timeout=600)
+            found[rank] = said
         for process in ranks:
+            if len(found) < case.tp:
+                process.terminate()  # it waits for the one that failed
             process.join()
         print(json.dumps(judge(case, config, found)), flush=True)
 

@@ -85,6 +85,12 @@ def test_every_batch_is_answered_as_by_full_attention_and_the_proof_holds(answer
     assert found["combine"].endswith(case.get("combine", upstream))
 
 
+@pytest.mark.parametrize("case", RIGHT, ids=name)
+def test_every_lse_is_merged_in_fp32(answered, case):
+    """TRITON_MLA's own is rounded to the model's dtype, a multiple of the error of everything else."""
+    assert answered[name(case)]["lse_dtypes"] == ["torch.float32"]
+
+
 @pytest.mark.parametrize("case, spoilt", WRONG, ids=lambda part: name(part) if isinstance(part, dict) else "")
 def test_a_fault_spoils_the_batches_that_it_is_armed_for_and_no_other(answered, case, spoilt):
     found = answered[name(case)]
