@@ -223,7 +223,7 @@ class Gqa:
         shape, draw = rank.config.model_config.hf_config, torch.Generator().manual_seed(0)
         self.heads, self.kv_heads, self.dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.query, self.key, self.value = (
-            torch.randn(5, 300, heads, self.dim, generator=draw).bfloat16()
+            torch.randn(5, rank.case.span + 16, heads, self.dim, generator=draw).bfloat16()
             for heads in (self.heads, self.kv_heads, self.kv_heads)
         )
         for part in (self.key, self.value):
@@ -261,9 +261,9 @@ class Mla:
     def __init__(self, rank: Rank):
         shape, draw = rank.config.model_config.hf_config, torch.Generator().manual_seed(0)
         self.heads, self.latent, self.rope = shape.num_attention_heads, shape.kv_lora_rank, shape.qk_rope_head_dim
-        self.nope, self.dim = shape.qk_nope_head_dim, shape.v_head_dim
-        self.query = torch.randn(5, 300, self.heads, self.nope + self.rope, generator=draw).bfloat16()
-        self.cached = torch.randn(5, 300, self.latent + self.rope, generator=draw).bfloat16()
+        self.nope, self.dim, tokens = shape.qk_nope_head_dim, shape.v_head_dim, rank.case.span + 16
+        self.query = torch.randn(5, tokens, self.heads, self.nope + self.rope, generator=draw).bfloat16()
+        self.cached = torch.randn(5, tokens, self.latent + self.rope, generator=draw).bfloat16()
         up = torch.randn(self.heads, self.nope + self.dim, self.latent, generator=draw) * self.latent**-0.5
         self.up = up.bfloat16()
         self.cached[LATE, : rank.case.span] = self.cached[EARLY, : rank.case.span]
