@@ -120,6 +120,21 @@ SURFACE: tuple[Surface, ...] = (
         "MLA combine",
     ),
     Surface(
+        "vllm.v1.attention.backends.mla.triton_mla:TritonMLAImpl.forward_mqa",
+        ("self", "q", "kv_c_and_k_pe_cache", "attn_metadata", "layer"),
+        "MLA",
+        platform="cuda",
+    ),
+    Surface(
+        "vllm.v1.attention.backends.mla.triton_mla:decode_attention_fwd",
+        (
+            "q", "k_buffer", "v_buffer", "o", "lse", "req_to_token", "b_seq_len", "attn_logits", "num_kv_splits",
+            "sm_scale", "page_size", "logit_cap", "k_scale", "v_scale", "is_mla",
+        ),
+        "MLA",
+        platform="cuda",
+    ),
+    Surface(
         "vllm.v1.attention.backend:MLAAttentionImpl.do_kv_cache_update",
         ("self", "kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "kv_cache_dtype", "k_scale"),
         "MLA",
