@@ -39,7 +39,14 @@ KV_TOKENS = 21_824
 NOISE = 0.02  # nats: what two right servers differ by
 WRONG = 3.0
 STOPS = {"dies": 3, "killed": 128 + signal.SIGKILL}  # the status that a guard gives then
-LOOP = asyncio.new_event_loop()
+
+
+@functools.cache
+def loop() -> asyncio.AbstractEventLoop:
+    """Where the servers of this process run. Never one from before a fork: its epoll would be all hosts' together."""
+    made = asyncio.new_event_loop()
+    threading.Thread(target=made.run_forever, daemon=True).start()
+    return made
 
 
 class Stub(Frozen):
@@ -86,7 +93,7 @@ class Running:
         self.ended = threading.Event()
         self.stdin = self  # it is told to stop there
         self.loaded = asyncio.Event()
-        asyncio.run_coroutine_threadsafe(self._listen(), LOOP).result()
+        asyncio.run_coroutine_threadsafe(self._listen(), loop()).result()
 
     def poll(self) -> int | None:
         return self.returncode
@@ -97,7 +104,7 @@ class Running:
         return self.returncode or 0
 
     def write(self, told: bytes) -> None:
-        LOOP.call_soon_threadsafe(LOOP.call_later, self.stub.stop if told == b"stop\n" else 0, self._end, 0)
+        loop().call_soon_threadsafe(loop().call_later, self.stub.stop if told == b"stop\n" else 0, self._end, 0)
 
     def kill(self) -> None:
         self.write(b"kill\n")
@@ -108,7 +115,7 @@ class Running:
 
     async def _listen(self) -> None:
         self.server = await asyncio.start_server(self._connected, "127.0.0.1", self.launch.port, backlog=64)
-        LOOP.call_later(self.stub.start, self._load)
+        loop().call_later(self.stub.start, self._load)
 
     def _load(self) -> None:
         if self.stub.behaviour == "killed":
@@ -212,7 +219,7 @@ def host(number: int, count: int, folder: Path, gpus: int) -> None:
     ports = lease.PORTS[number * share : (number + 1) * share]
     lease.lease_port = functools.partial(lease.lease_port, ports)
     local.Server = StubServer
-    threading.Thread(target=LOOP.run_forever, daemon=True).start()
+    loop()
     room = Room(gpus=tuple(f"host-{number}-gpu-{gpu}" for gpu in range(gpus)), cores=64, memory_bytes=2**40)
     with Listener(str(folder / str(number)), backlog=64) as listener:
         os.write(1, f"{number} {os.getpid()}\n".encode())

@@ -111,7 +111,7 @@ def simulated(run_dir: Path, hosts: int, count: int, models: int, faster: float)
     began = time.monotonic()
     page = write(run_dir)
     drawn, lost = time.monotonic() - began, behaviour.stopped | dict.fromkeys(fleet.lost, "killed")
-    print(f"\n{count} cells in {fleet.seconds:.0f} s, {faster:g} times as fast as real; lost at first: {len(lost)}, ")
+    print(f"\n{count} cells in {fleet.seconds:.0f} s, {faster:g} times as fast as real; lost at first: {len(lost)},")
     print(
         f"of them with their host: {len(fleet.lost)}; report of {page.stat().st_size / 2**20:.1f} MiB in {drawn:.0f} s"
     )
@@ -138,7 +138,7 @@ def tell_load(found: list[CellResult], behaviour: Behaviour, fleet: Fleet) -> No
     print(
         f"an attempt took {sum(longer) / len(longer):.3f} times what was drawn for it, at most {max(longer):.2f}; CPU"
     )
-    print(f"seconds of hosts {fleet.cpu_seconds:.0f}, of the driver {used.ru_utime + used.ru_stime:.0f}")
+    print(f"CPU seconds of hosts {fleet.cpu_seconds:.0f}, of the driver {used.ru_utime + used.ru_stime:.0f}")
 
 
 def megabytes() -> float:
