@@ -214,6 +214,7 @@ def work(line: Connection, room: Room) -> None:
 
 def host(number: int, count: int, folder: Path, gpus: int) -> None:
     """Take orders on a socket for ever. Leases are this host's own, ports a share of those of the machine."""
+    os.setsid()  # Linux shares out cores by session: a host is not to wait for the others, nor the driver for it
     os.environ["HELIX_LEASES"] = str(folder / f"leases-{number}")
     share = len(lease.PORTS) // count
     ports = lease.PORTS[number * share : (number + 1) * share]
