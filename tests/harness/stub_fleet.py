@@ -36,8 +36,7 @@ from helix_runtime.proof import ProofWriter, RankProof
 VOCAB = 512
 KEY = "key"
 KV_TOKENS = 21_824
-NOISE = 0.02  # nats: what two right servers differ by
-WRONG = 3.0
+NOISE, WRONG = 0.02, 3.0  # nats: standard deviations of what servers differ by
 STOPS = {"dies": 3, "killed": 128 + signal.SIGKILL}  # the status that a guard gives then
 
 
@@ -50,8 +49,8 @@ def loop() -> asyncio.AbstractEventLoop:
 
 
 class Stub(Frozen):
-    """How a server behaves: `well`, `wrong` (answers as if a shard were lost), `dies` (while it answers) or `killed`
-    (from outside, at its start). Seconds until it is ready, of a decode step, and until it has stopped."""
+    """How a server behaves: `well`, `wrong` (noise that no rounding makes), `dies` (while it answers) or `killed`
+    (from outside, before it is ready). Seconds until it is ready, of a decode step, and until it has stopped."""
 
     salt: str
     start: float
