@@ -6,6 +6,7 @@ infrastructure, which it makes again, elsewhere. A cell that no living host can 
 
 import contextlib
 import logging
+import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,9 @@ class Bell:
 
 
 class RayExecutor:
-    """Runs cells on the hosts of the Ray cluster at `address` (None: the one that this host is in, or a new one here).
+    """Runs cells on the hosts of the Ray cluster at `address` (None: the one that this host is in).
 
+    Raises ClusterError where there is none, or its hosts do not belong together.
     `room` and `place` replace what each host would lend, and where servers run there. `cpu_ranks`: a host without GPUs
     takes at most so many ranks of one cell, more go to further hosts; 0 for no such limit.
     """
@@ -84,8 +86,9 @@ class RayExecutor:
         self.cancel = threading.Event()
         if not ray.is_initialized():
             try:
-                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-            except (ConnectionError, ValueError) as problem:
+                _reach(address)
+                ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=False)
+            except (OSError, ValueError) as problem:
                 raise ClusterError(f"--executor ray: {problem}; start one: ray start --head") from None
         self._lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}  # by cell key, for the next attempt
@@ -306,3 +309,14 @@ def _rank(proof) -> int:
 
 def _lost(reason: str, cause: Cause) -> Attempt:
     return Attempt(False, Failure(cause=cause, reason=reason, log_tail=""), None, (), None, "", ())
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody answers at `HOST:PORT`: Ray itself would go on trying for minutes, without a word."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # a name that Ray knows, or refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as problem:
+        raise ConnectionError(f"nobody answers at {address} ({problem})") from None

@@ -1,5 +1,7 @@
 """The command line beyond one host: `--executor ray` on a made-up cluster, and `--shard`."""
 
+import socket
+
 import pytest
 from test_runner import Table, good, transcript
 
@@ -13,6 +15,7 @@ from harness.need import Room
 pytest.importorskip("ray")
 from harness.executors import ray as fleet
 
+EXECUTOR = fleet.RayExecutor
 HERE = Hardware(family="cpu", name="of the driver", count=2, memory_bytes=2**30)
 THERE = Hardware(family="cpu", name="of the hosts", count=64, memory_bytes=2**40, hosts=3)
 H200 = Hardware(family="hopper", name="H200", count=8, memory_bytes=2**37, compute_capability="9.0", hosts=2)
@@ -122,3 +125,35 @@ def test_a_shard_that_was_cut_off_goes_on_as_it_was_cut(call, tmp_path):
 def test_bad_shards_are_2(call, text):
     status, _, err = call("--suite", "smoke", "--shard", text)
     assert status == 2 and "allowed: I/N" in err
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """Ray as it is on a host without one; returns the addresses that it was asked for."""
+    asked = []
+
+    def init(address, **options):
+        asked.append(address)
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(fleet.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(fleet.ray, "init", init)
+    return asked
+
+
+def test_without_an_address_a_cluster_is_joined_and_none_is_started(no_cluster):
+    with pytest.raises(
+        fleet.ClusterError, match="Could not find any running Ray instance; start one: ray start --head"
+    ):
+        EXECUTOR()
+    assert no_cluster == ["auto"]
+
+
+def test_nobody_at_the_address_is_said_at_once(no_cluster):
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for asked in (address, f"ray://{address}"):
+            with pytest.raises(fleet.ClusterError, match=f"nobody answers at {asked} .*; start one"):
+                EXECUTOR(asked)
+    assert no_cluster == []

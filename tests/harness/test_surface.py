@@ -1,5 +1,6 @@
 """The coupling surface against sources: the installed vLLM, and small made-up ones that changed."""
 
+import ast
 import importlib.util
 import zipfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness import cli
+from harness.suite import ROOT
 from harness.surface import HOOKED, NoSource, Tree, compare
 from helix_runtime.vllm_plugin.compat import Surface
 
@@ -30,6 +32,33 @@ def test_the_supported_vllm_is_as_the_plugin_needs_it(capsys):
     installed = importlib.util.find_spec("vllm").submodule_search_locations[0]
     assert cli.main(["surface", installed]) == 0
     assert f"{len(HOOKED)} of {len(HOOKED)} hooked callables" in capsys.readouterr().out
+
+
+def test_every_callable_that_a_hook_replaces_is_in_the_list():
+    """`patch("module:name", …)` in the plugin, the module's name written out or a constant of the file."""
+    listed = {row.target for row in HOOKED}
+    found, elsewhere = set(), []
+    for path in sorted((ROOT / "helix_runtime" / "vllm_plugin").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        constants = {
+            name.id: node.value.value
+            for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for name in node.targets
+        }  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "patch":
+                text = ast.unparse(node.args[0])
+                try:
+                    found.add(eval(text, {}, constants))  # our own source
+                except NameError:
+                    elsewhere.append((path.name, text))
+    assert found - listed == set() and len(found) > 20
+    # one name in several modules, and the constructors of the models, which are rows of the list themselves
+    assert elsewhere == [
+        ("exchange.py", "f'{module}:dcp_a2a_lse_reduce'"),
+        ("tpa_scope.py", "constructor.target"),
+    ]  # fmt: skip
+    assert {f"vllm.v1.attention.{module}:dcp_a2a_lse_reduce" for module in ("ops.dcp", "backends.flash_attn")} <= listed
 
 
 @pytest.mark.parametrize(

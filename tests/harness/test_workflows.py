@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from harness.suite import ROOT
+from harness.suite import ROOT, load_all
 
 FILES = [
     ("vendor.github-workflows", ".github/workflows/ci.yml"),
@@ -32,6 +32,13 @@ def test_actionlint_finds_nothing():
 def test_every_push_runs_the_tests():
     triggers = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())[True]
     assert "push" in triggers and triggers["push"] is None
+
+
+def test_every_release_of_the_version_sweep_has_an_image_in_the_nightly():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())["jobs"]
+    tags = {tag.removeprefix("v") for tag in jobs["versions"]["strategy"]["matrix"]["tag"]}
+    (suite,) = load_all(["version-sweep"])
+    assert tags == {version for group in suite.groups for version in group.vllm_version}
 
 
 def test_no_pull_request_reaches_a_self_hosted_runner():
