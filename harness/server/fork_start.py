@@ -14,6 +14,9 @@ import sys
 
 _KEPT = "VLLM_WORKER_MULTIPROC_METHOD"
 
+#: What `vllm` runs. It may go back to `spawn`: where CUDA is initialised, a forked worker could not use it.
+CUDA_MAIN = "vllm.entrypoints.cli.main"
+
 
 class _Environment(type(os.environ)):
     """`os.environ` in which one variable cannot be changed."""
@@ -24,7 +27,8 @@ class _Environment(type(os.environ)):
 
 def run(words: list[str]) -> None:
     """Be `python -m MODULE ARGUMENTS`, of which `words` is the list."""
-    os.environ.__class__ = _Environment
+    if words[0] != CUDA_MAIN:
+        os.environ.__class__ = _Environment
     os.environ[_KEPT] = "fork"
     sys.argv = list(words)
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)

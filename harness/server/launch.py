@@ -11,6 +11,7 @@ from harness.cell import Cell, Mode, python
 from harness.frozen import Frozen
 from harness.models.recipe import PREFIX, ensure_apart
 from harness.redact import is_secret
+from harness.server.fork_start import CUDA_MAIN
 
 FORCED_DECODE = "helix_runtime.vllm_plugin.forced_decode:ForcedDecode"
 FORCED_DECODE_V2 = "helix_runtime.vllm_plugin.forced_decode_v2:ForcedDecodeV2"
@@ -64,7 +65,7 @@ def make_launch(cell: Cell, folder: Path, port: int) -> Launch:
         argv += ["--additional-config", json.dumps(given)]
     if cell.hardware != "cpu" and dict(cell.serve).get("enforce-eager") is True:
         argv += _without_fusion(argv)
-    if cell.hardware == "cpu":
+    if cell.hardware == "cpu" or warm_gpus():
         argv = _forked(argv)
     env = environment(cell, api_key, offline=recipe)
     return Launch(
@@ -125,9 +126,14 @@ def _without_fusion(argv: list[str]) -> list[str]:
     return ["--compilation-config", json.dumps({"pass_config": {"fuse_allreduce_rms": False}})]
 
 
+def warm_gpus() -> bool:
+    """Whether GPU servers too are forked from a process that has imported vLLM: `HELIX_WARM=all`, untried on a GPU."""
+    return os.environ.get("HELIX_WARM") == "all"
+
+
 def _forked(argv: list[str]) -> list[str]:
     """The same server with forked workers: imports are paid once, not once a rank (`fork_start.py`)."""
-    module = ["helix_runtime.serve", *argv[1:]] if argv[0] == "helix" else argv[2:]
+    module = {"helix": ["helix_runtime.serve", *argv[1:]], "vllm": [CUDA_MAIN, *argv[1:]]}.get(argv[0], argv[2:])
     return [*FORK_START, *module]
 
 

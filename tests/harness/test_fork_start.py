@@ -10,6 +10,7 @@ import pytest
 from test_server import cell
 
 from harness.cell import Mode, python
+from harness.server import fork_start
 from harness.server.launch import make_launch
 from harness.suite import ROOT
 
@@ -98,9 +99,24 @@ def test_cpu_cells_are_started_by_it(tmp_path):
     assert helix.argv[4:6] == ("serve", helix.model)
 
 
-def test_gpu_cells_are_not(tmp_path):
+def test_gpu_cells_are_not_unless_asked(tmp_path, monkeypatch):
     gpu = {"hardware": "hopper", "backend": "FLASH_ATTN", "model": "org/model"}
     assert make_launch(cell(**gpu), tmp_path, 21000).argv[:3] == ("vllm", "serve", "org/model")
+    monkeypatch.setenv("HELIX_WARM", "all")
+    warm = make_launch(cell(**gpu), tmp_path, 21000)
+    assert warm.forked[:3] == ("vllm.entrypoints.cli.main", "serve", "org/model")
+
+
+def test_a_server_on_gpus_may_go_back_to_spawn(monkeypatch):
+    """vLLM does where CUDA is initialised before its workers are."""
+    monkeypatch.setenv(KEPT, "fork")
+    monkeypatch.setattr(os.environ, "__class__", type(os.environ))
+    ran = []
+    monkeypatch.setattr(fork_start.runpy, "run_module", lambda name, **_: ran.append(name))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    fork_start.run([fork_start.CUDA_MAIN, "serve", "m"])
+    os.environ[KEPT] = "spawn"
+    assert ran == [fork_start.CUDA_MAIN] and os.environ[KEPT] == "spawn"
 
 
 def test_an_eager_gpu_server_is_told_of_no_fusion_whose_size_would_initialise_cuda_in_its_parent(tmp_path):
