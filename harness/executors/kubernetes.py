@@ -5,8 +5,14 @@ from pathlib import PurePosixPath
 from harness.executors.tasks import Group
 from harness.frozen import Frozen
 
-#: GPU feature discovery's label for a node's GPUs.
-FAMILY_LABEL = "nvidia.com/gpu.family"
+#: GPU feature discovery's label that tells a node's GPUs apart: its family is one for both kinds of Blackwell.
+NODE_LABELS = {
+    "ampere": ("nvidia.com/gpu.family", "ampere"),
+    "ada": ("nvidia.com/gpu.family", "ada-lovelace"),
+    "hopper": ("nvidia.com/gpu.family", "hopper"),
+    "blackwell": ("nvidia.com/gpu.compute.major", "10"),
+    "blackwell-rtx": ("nvidia.com/gpu.compute.major", "12"),
+}
 _RUNS, _CELLS, _MODELS = PurePosixPath("/runs"), PurePosixPath("/cells"), PurePosixPath("/models")
 #: Exit statuses of the harness that the same again would not change: a verdict that differs, bad usage.
 _FINAL = [1, 2]
@@ -16,8 +22,10 @@ class KubernetesOptions(Frozen):
     """`image` holds this distribution with its requirements; `claim` is the volume claim that takes the ledgers.
 
     `models`: a claim with a hub cache, read only, "" for none. `select`: hardware -> `label=value` of its nodes.
+    `mark` is this rendering's own: its pods find their own runs again, in a folder of that name, and no others.
     """
 
+    mark: str
     image: str
     claim: str = "helix-runs"
     models: str = ""
@@ -30,7 +38,7 @@ class KubernetesOptions(Frozen):
 
 def manifests(group: Group, options: KubernetesOptions) -> list[dict]:
     """The list of the group's cells (a ConfigMap) and the Job that runs them."""
-    name = f"helix-{group.name}"
+    name = f"helix-{group.name}-{options.mark}"
     meta = {"name": name, "namespace": options.namespace, "labels": {"app.kubernetes.io/name": "helix"}}
     cells = {
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": meta,
@@ -109,7 +117,7 @@ def _selector(group: Group, options: KubernetesOptions) -> dict[str, str]:
     if chosen := dict(options.select).get(group.hardware):
         label, _, value = chosen.partition("=")
         return {label: value}
-    return {} if group.hardware == "cpu" else {FAMILY_LABEL: group.hardware.removesuffix("-rtx")}
+    return {} if group.hardware == "cpu" else dict([NODE_LABELS[group.hardware]])
 
 
 def script(group: Group, options: KubernetesOptions, runs: str = str(_RUNS), cells: str = str(_CELLS)) -> str:
@@ -117,7 +125,7 @@ def script(group: Group, options: KubernetesOptions, runs: str = str(_RUNS), cel
     more = "".join(f" {word}" for word in options.arguments)
     return (
         f'cell=$(sed -n "$((JOB_COMPLETION_INDEX + 1))p" {cells}/cells.txt)\n'
-        f"run={runs}/{group.name}-$JOB_COMPLETION_INDEX\n"
+        f"run={runs}/{options.mark}/{group.name}-$JOB_COMPLETION_INDEX\n"
         "if [ -s $run/ledger.ndjson ]; then exec python3 -m harness --resume $run; fi\n"
         f'exec python3 -m harness --cell "$cell" --run-dir $run{more}\n'
     )

@@ -10,9 +10,12 @@ from harness.frozen import Frozen
 class SlurmOptions(Frozen):
     """`image`: a container for pyxis/enroot, "" to run on the node itself; `runs`: where every task leaves its ledger.
 
+    `mark` is this rendering's own: its tasks find their own runs again, and no others.
+
     `select`: hardware -> the Slurm feature that nodes with it have. `root` is this checkout, on a shared file system.
     """
 
+    mark: str
     root: Path
     runs: Path
     lists: Path
@@ -29,7 +32,7 @@ def sbatch(group: Group, options: SlurmOptions) -> str:
     """The script of one group. A task that Slurm starts again continues its own run."""
     feature = dict(options.select).get(group.hardware, "" if group.hardware == "cpu" else group.hardware)
     directives = [
-        f"--job-name=helix-{group.name}",
+        f"--job-name=helix-{group.name}-{options.mark}",
         f"--array=0-{len(group.cells) - 1}%{options.at_once}",
         "--nodes=1",
         "--ntasks=1",
@@ -52,7 +55,7 @@ def sbatch(group: Group, options: SlurmOptions) -> str:
             "",
             f"mapfile -t cells <{shlex.quote(str(options.lists / f'{group.name}.txt'))}",
             "cell=${cells[$SLURM_ARRAY_TASK_ID]}",
-            f'run={shlex.quote(str(options.runs / group.name))}-"$SLURM_ARRAY_TASK_ID"',
+            f'run={shlex.quote(str(options.runs / f"{group.name}-{options.mark}"))}-"$SLURM_ARRAY_TASK_ID"',
             f"cd {shlex.quote(str(options.root))}",
             "",
             "if [[ -s $run/ledger.ndjson ]]; then # requeued",
@@ -75,13 +78,14 @@ def submit(groups: tuple[Group, ...], options: SlurmOptions, folder: Path) -> st
 
 
 def _start(options: SlurmOptions) -> str:
+    srun = 'srun --cpus-per-task="$SLURM_CPUS_PER_TASK"'  # from Slurm 22.05 on, it does not inherit it of sbatch
     if not options.image:
-        return "srun ./test_helix.sh"
+        return f"{srun} ./test_helix.sh"
     mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys((options.root, options.runs, options.lists)))
     container = [
         f"--container-image={options.image}", f"--container-mounts={mounts}", f"--container-workdir={options.root}"
     ]  # fmt: skip
-    return f"srun {shlex.join(container)} python3 -m harness"
+    return f"{srun} {shlex.join(container)} python3 -m harness"
 
 
 def _words(arguments: tuple[str, ...]) -> str:
