@@ -16,6 +16,7 @@ from harness.executors.tasks import Tasks, tasks_of
 from harness.hardware import choose, detect
 from harness.ledger import Ledger
 from harness.matrix import PlanError, expand, select
+from harness.plain import plural
 from harness.suite import ROOT, Family, load_all
 from harness.yaml_file import SuiteError
 
@@ -65,7 +66,7 @@ def _slurm(tasks: Tasks, options: argparse.Namespace, folder: Path) -> int:
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    print("\n".join(f"{folder / f'{group.name}.sbatch'}: {len(group.cells)} cells" for group in tasks.groups))
+    print("\n".join(f"{folder / f'{group.name}.sbatch'}: {plural(len(group.cells), 'cell')}" for group in tasks.groups))
     print(f"submit: {folder / 'submit.sh'}; then: python -m harness merge {runs}")
     return max(map(_checked, (folder / name for name in scripts)))
 
@@ -93,7 +94,7 @@ def _kubernetes(tasks: Tasks, options: argparse.Namespace, folder: Path) -> int:
     )  # fmt: skip
     for group in tasks.groups:
         (folder / f"{group.name}.yaml").write_text(yaml.safe_dump_all(manifests(group, made), sort_keys=False))
-        print(f"{folder / f'{group.name}.yaml'}: {len(group.cells)} cells")
+        print(f"{folder / f'{group.name}.yaml'}: {plural(len(group.cells), 'cell')}")
     print(f"start: kubectl apply -f {folder}")
     print(f"then copy the volume of claim {made.claim}: python -m harness merge COPY {folder / 'plan'}")
     return 0
