@@ -17,6 +17,7 @@ from harness.frozen import Frozen
 from harness.hardware import Hardware, detect
 from harness.matrix import PlannedCell, expand
 from harness.models.recipe import PREFIX, cache_root
+from harness.plain import plural
 from harness.suite import TRUST, load_all
 
 State = Literal["ok", "lacks", "note"]
@@ -177,7 +178,7 @@ def _cells(host: Host) -> list[Finding]:
         here = sum(item.skip is None for item in mine)
         sharing = sum(item.skip is None for item in host.plan_sharing if suite in item.suites)
         reasons = Counter(item.skip for item in mine if item.skip)
-        says = f"{here} of {len(mine)} cells run here"
+        says = f"{here} of {plural(len(mine), 'cell')} run here"
         if reasons:
             reason, count = reasons.most_common(1)[0]
             says += f"; {count} do not: {reason}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cell import Cell
 from harness.matrix import PlannedCell
+from harness.plain import plural
 from harness.suite import Suite, available, load_all
 from harness.verdict import TABLE
 
@@ -33,7 +34,8 @@ def show_list(request: "Request") -> int:
     for suite in suites:
         cells, here = _count(suite, plan)
         print(f"{suite.name:<{width}}  {cells:>5}  {here:>4}  {suite.description}")
-    print(f"\n{len(plan)} cells in all (suites share some), {sum(item.skip is None for item in plan)} can run here.")
+    here = sum(item.skip is None for item in plan)
+    print(f"\n{plural(len(plan), 'cell')} in all (suites share some), {here} can run here.")
     if not request.options.suite:
         by_name = (suite.name for suite in load_all(available()) if suite.nightly)
         print(f"Not part of --all, run by name: {', '.join(by_name)}.")
@@ -60,7 +62,9 @@ def show_commands(request: "Request") -> int:
             print(f"#   skip here: {item.skip}")
         print(f"{command_line(item.cell)}\n")
     verdicts = Counter("skip" if item.skip else "run" for item in plan)
-    print(f"# {len(plan)} cells: {verdicts['run']} run here, {verdicts['skip']} skipped. Nothing was started.")
+    print(
+        f"# {plural(len(plan), 'cell')}: {verdicts['run']} run here, {verdicts['skip']} skipped. Nothing was started."
+    )
     return 0
 
 

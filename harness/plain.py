@@ -1,4 +1,4 @@
-"""Hostile text made plain. Apart from the report, whose libraries a harness that only shows a line does without."""
+"""Hostile text made plain, and counts. Apart from the report, whose libraries a harness that shows a line spares."""
 
 import json
 import re
@@ -24,6 +24,10 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return legal(_ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def quoted(text: str) -> str:

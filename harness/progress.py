@@ -22,7 +22,7 @@ from rich.table import Table
 from harness import ledger
 from harness.cell import Cell
 from harness.matrix import PlannedCell
-from harness.plain import clean
+from harness.plain import clean, plural
 from harness.verdict import TABLE, Effect, Verdict, effect_of
 
 Progress = Callable[[str], None]
@@ -116,7 +116,7 @@ class TimeLeft:
         """`12 of 59 cells, about 14 min left`."""
         ended = sum(cell_id in seen.done for cell_id in self.ids)
         left = self.left(seen)
-        return f"{ended} of {len(self.ids)} cells" + (f", about {duration(left)} left" if left else "")
+        return f"{ended} of {plural(len(self.ids), 'cell')}" + (f", about {duration(left)} left" if left else "")
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from harness.hardware import Hardware
 from harness.interrupts import deaf
 from harness.ledger import LedgerBusy
 from harness.matrix import PlannedCell
+from harness.plain import clean, plural
 from harness.result import CellResult
 from harness.suite import ROOT
 from harness.verdict import TABLE, Effect, Verdict, exit_status
@@ -76,10 +77,10 @@ def run(request: "Request", runner: Runner | None = None, reporter: Reporter | N
     print(f"runtime: {runtime} ({why})")
     print(
         f"cells: {len(plan)}, of which {len(plan) - skipped} run here and {skipped} are skipped; jobs: {jobs}"
-        + (f"; shard {options.shard} of {len(request.whole)} cells" if options.shard else "")
+        + (f"; shard {options.shard} of {plural(len(request.whole), 'cell')}" if options.shard else "")
     )
     if cluster:
-        print(f"executor: ray, {cluster.hosts} hosts")
+        print(f"executor: ray, {plural(cluster.hosts, 'host')}")
     print(f"folder: {shown(run_dir)}", flush=True)
 
     runner = runner or _runner()
@@ -193,8 +194,6 @@ def _make(folder: Path) -> None:
 
 def print_summary(results: Sequence[CellResult]) -> None:
     """A line per cell that ran, one line per reason of skipped ones, then the counts."""
-    from harness.report.text import clean, plural  # brings pandas, which the command line does without
-
     print()
     skips = Counter()
     for result in results:
@@ -208,7 +207,7 @@ def print_summary(results: Sequence[CellResult]) -> None:
         print(f"{TABLE[Verdict.SKIP].symbol} {Verdict.SKIP:<8}  {plural(number, 'cell')}: {reason}")
     counts = Counter(result.verdict for result in results)
     words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
-    print(f"\n{len(results)} cells: {words or 'nothing was run'}")
+    print(f"\n{plural(len(results), 'cell')}: {words or 'nothing was run'}")
     if counts[Verdict.XPASS]:
         print(f"XPASS: {plural(counts[Verdict.XPASS], 'known limitation')} gone. Update the declared table")
 

@@ -21,6 +21,7 @@ from harness.frozen import content_hash
 from harness.hardware import choose, detect
 from harness.ledger import Ledger
 from harness.matrix import PlanError, expand, select
+from harness.plain import plural
 from harness.suite import ROOT, load_all
 from harness.yaml_file import SuiteError
 
@@ -90,7 +91,7 @@ def _slurm(tasks: Tasks, options: argparse.Namespace, folder: Path, runs: Path, 
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    print("\n".join(f"{folder / f'{group.name}.sbatch'}: {len(group.cells)} cells" for group in tasks.groups))
+    print("\n".join(f"{folder / f'{group.name}.sbatch'}: {plural(len(group.cells), 'cell')}" for group in tasks.groups))
     print(f"submit: {folder / 'submit.sh'}; then: python -m harness merge {runs}")
     return [folder / name for name in scripts]
 
@@ -117,7 +118,7 @@ def _kubernetes(tasks: Tasks, options: argparse.Namespace, folder: Path, mark: s
     )  # fmt: skip
     for group in tasks.groups:
         (folder / f"{group.name}.yaml").write_text(yaml.safe_dump_all(manifests(group, made), sort_keys=False))
-        print(f"{folder / f'{group.name}.yaml'}: {len(group.cells)} cells")
+        print(f"{folder / f'{group.name}.yaml'}: {plural(len(group.cells), 'cell')}")
     print(f"start: kubectl apply -f {folder}")
     print(f"then copy folder {mark} of claim {made.claim}: python -m harness merge COPY {folder / 'plan'}")
     return []

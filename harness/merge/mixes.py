@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from harness.frozen import content_hash
-from harness.merge.source import Source
+from harness.merge.source import Source, few
+from harness.plain import plural
 from helix_runtime.capability_rows import NIGHTLY
 
 KINDS = ("suites", "versions", "code")
@@ -46,8 +47,8 @@ def _suites_of(source: Source) -> str:
 def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
     """The same name must mean the same cell, of which the same is expected."""
     for word, value in (
-        ("are other cells", lambda one: one.cell.key),
-        ("are declared otherwise", lambda one: one.declared),
+        ("of other cells", lambda one: one.cell.key),
+        ("declared otherwise", lambda one: one.declared),
     ):
         found = defaultdict(set)
         for source in sources:
@@ -55,7 +56,7 @@ def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
                 found[record.result.cell.id].add(value(record.result))
         names = sorted(cell_id for cell_id, values in found.items() if len(values) > 1)
         if names:
-            yield Mix("suites", f"{len(names)} of the same name {word} in different runs: {_few(names)}")
+            yield Mix("suites", f"{plural(len(names), 'name')} {word} in different runs: {few(names)}")
 
 
 def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
@@ -101,7 +102,3 @@ def lost_shards(sources: Sequence[Source]) -> list[str]:
     return [
         f"{part}/{parts}" for (_, parts), there in groups.items() for part in range(1, parts + 1) if part not in there
     ]
-
-
-def _few(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,5 +1,6 @@
 """One run that is merged: what its ledger says, read once and changed in nothing."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,10 +28,12 @@ class Record(Frozen):
 
 
 class Source(Frozen):
-    """`planned`: ids in order; `expected`: those of all shards. `chosen` and `setting` are empty in old ledgers."""
+    """`name`: its folder's, with the path where several are called so; `run`: what it calls itself. `planned`: ids in
+    order; `expected`: those of all shards. `chosen` and `setting` are empty in old ledgers."""
 
     folder: Path
     name: str
+    run: str
     started: str
     hardware: tuple[str, ...]
     planned: tuple[str, ...]
@@ -54,16 +57,35 @@ class NothingToMerge(ValueError):
     """A folder holds no run; the text says which."""
 
 
-def find_sources(paths: Sequence[Path]) -> list[Source]:
-    """The runs in `paths`, each a run or a folder of runs, the oldest first; one that is given twice counts once."""
-    folders: dict[str, Path] = {}
+def find_sources(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
+    """The runs in `paths`, each a run or a folder of runs, the oldest first; one that is given twice counts once.
+
+    With a sentence for each below a folder of runs that holds nothing, as a host lost at the start leaves it; one that
+    was named itself is refused.
+    """
+    found: dict[str, Source] = {}
+    empty: list[str] = []
     for path in paths:
         here = [path] if ledger.find(path).is_file() else _below(path)
         if not here:
             raise NothingToMerge(f"{path} holds no run: no {ledger.NAME} there or below")
         for folder in here:
-            folders.setdefault(digest_of(folder), folder)
-    return sorted(map(load, folders.values()), key=lambda source: (source.started, source.name))
+            if (digest := digest_of(folder)) in found:
+                continue
+            try:
+                found[digest] = load(folder)
+            except NothingToMerge as problem:
+                if folder == path:
+                    raise
+                empty.append(str(problem))
+    if not found:
+        raise NothingToMerge(few(empty))
+    called = Counter(source.name for source in found.values())
+    sources = [
+        source.model_copy(update={"name": str(source.folder)}) if called[source.name] > 1 else source
+        for source in found.values()
+    ]
+    return sorted(sources, key=lambda source: (source.started, source.name)), empty
 
 
 def _below(path: Path) -> list[Path]:
@@ -72,15 +94,17 @@ def _below(path: Path) -> list[Path]:
 
 
 def load(folder: Path) -> Source:
-    """The run in `folder`. NothingToMerge where its ledger cannot be read."""
+    """The run in `folder`. NothingToMerge where its ledger cannot be read, or tells of no run."""
     try:
         events, unread = ledger.read(ledger.find(folder))
     except OSError as problem:
         raise NothingToMerge(f"{ledger.find(folder)} cannot be read: {problem.strerror or problem}") from None
+    except RecursionError:
+        raise NothingToMerge(f"{ledger.find(folder)} cannot be read: a line is nested too deeply") from None
     starts = [event for event in events if event["event"] == "run-start"]
     planned: dict[str, None] = {}
     for start in starts:
-        planned |= dict.fromkeys(str(cell_id) for cell_id in start.get("planned") or ())
+        planned |= dict.fromkeys(map(str, _list(start, "planned")))
     records: dict[str, list[Record]] = {}
     for number, event in enumerate(events, start=1):
         if event["event"] != "result":
@@ -92,16 +116,24 @@ def load(folder: Path) -> Source:
             continue
         record = Record(event=event, result=result, asked=str(event.get("key") or ""))
         records.setdefault(result.cell.id, []).append(record)
+    if not starts and not records:
+        why = f"; not readable: {few(unread)}" if unread else ""
+        raise NothingToMerge(
+            f"nothing to merge in {folder}: its ledger has neither a run-start nor a result{why}. "
+            "Leave it out, or name the folder of a run"
+        )
     first = starts[0] if starts else {}
-    models = next((event["models"] for event in reversed(events) if event["event"] == "models"), [])
+    setting = first.get("setting")
+    models = next((_list(event, "models") for event in reversed(events) if event["event"] == "models"), [])
     return Source(
         folder=folder,
-        name=str(first.get("run") or folder.name),
+        name=folder.resolve().name,
+        run=str(first.get("run") or ""),
         started=str(first.get("time") or ""),
-        hardware=tuple(str(name) for name in first.get("hardware") or ()),
+        hardware=tuple(map(str, _list(first, "hardware"))),
         planned=tuple(planned or records),
         chosen=_chosen(first),
-        code=str((first.get("setting") or {}).get("code") or ""),
+        code=str(setting.get("code") or "") if isinstance(setting, dict) else "",
         records={cell_id: tuple(found) for cell_id, found in records.items()},
         attempts=tuple(event for event in events if event["event"] == "attempt"),
         models=tuple(model for model in models if isinstance(model, dict)),
@@ -114,3 +146,13 @@ def _chosen(start: dict) -> Chosen | None:
         return Chosen.model_validate(start["chosen"]) if start.get("chosen") else None
     except ValidationError:
         return None
+
+
+def _list(event: dict, field: str) -> list:
+    found = event.get(field)
+    return found if isinstance(found, list) else []
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """`names`, of many the first."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

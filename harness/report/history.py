@@ -35,7 +35,8 @@ _TRACKS = """
         min(place) FILTER (effect = 'differs' AND verdict <> 'xpass' AND place > coalesce(last_good, -1)) AS first_bad,
         min(place) FILTER (verdict = 'xpass' AND place > coalesce(last_good, -1)) AS gone,
         count(DISTINCT verdict) FILTER (effect IN ('ok', 'differs')) AS kinds,
-        arg_max(struct_pack("column", backend, hardware, model, tp, kvp, tpa, comm, interleave, fault), place) AS named
+        arg_max(struct_pack("column", backend, hardware, model, tp, kvp, tpa, comm, interleave, fault), place) AS named,
+        arg_max(suites, place) AS suites
     FROM seen LEFT JOIN good USING (id) GROUP BY id
     ORDER BY gone IS NULL, first_bad IS NULL, kinds DESC, id
 """
@@ -56,6 +57,7 @@ class Track(Frozen):
     first_bad: int | None
     gone: int | None
     changed: bool  # two judged verdicts differ
+    suites: tuple[str, ...] = Field(default=(), exclude=True)  # as of its last run
 
     @property
     def news(self) -> bool:
@@ -94,8 +96,9 @@ def tracks(runs: Sequence[Stored], glob: str = "*") -> History:
             first_bad=first_bad,
             gone=gone,
             changed=kinds > 1,
+            suites=tuple((suites or "").split()),
         )
-        for cell_id, places, verdicts, last_good, first_bad, gone, kinds, named in rows
+        for cell_id, places, verdicts, last_good, first_bad, gone, kinds, named, suites in rows
     }
     return History(runs=tuple(runs), tracks=found)
 

@@ -1,6 +1,7 @@
 """`python -m harness issue`: one GitHub issue for the cells whose verdict changed, with first bad and last good.
 
-It is opened when a cell gets bad, told what moved each night, and closed when no cell is bad. `gh` does the writing.
+It is opened when a cell gets bad, told what moved each night, and closed when no cell is bad. A bad cell that is
+planned no longer (`harness.report.planned`) is told apart, and keeps nothing open. `gh` does the writing.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 from harness.frozen import Frozen
 from harness.report.history import History, Track, find_runs, tracks
 from harness.report.markdown import plain
+from harness.report.planned import last_without
 from harness.report.text import plural
 from harness.suite import ROOT
 from harness.verdict import TABLE
@@ -37,9 +39,11 @@ class Change(Frozen):
 
 
 class News(Frozen):
-    """What the issue says: `bad` cells with their first bad run, and what `changed` with the latest run."""
+    """What the issue says: `bad` cells with their first bad run, and what `changed` with the latest run. `left`: bad
+    when last run, and planned no longer, with the run (a place in `history.runs`) that shows it."""
 
     bad: tuple[Track, ...]
+    left: tuple[tuple[Track, int], ...]
     changed: tuple[Change, ...]
     history: History
 
@@ -56,6 +60,13 @@ class News(Frozen):
             bad = plain(names[track.first_bad])
             lines.append(f"| {plain(track.id)} | {TABLE[verdict].symbol} {verdict} | {bad} | {good} |")
         lines += [f"and {len(self.bad) - _LISTED} more"] if len(self.bad) > _LISTED else []
+        if self.left:
+            lines += ["", f"### Planned no longer: {plural(len(self.left), 'cell')}, bad when last run", ""]
+            lines += ["| cell | verdict | last run | not planned in |", "| --- | --- | --- | --- |"]
+        for track, without in self.left[: max(0, _LISTED - len(self.bad))]:
+            place, verdict = track.verdicts[-1]
+            told = f"{TABLE[verdict].symbol} {verdict} | {plain(names[place])} | {plain(names[without])}"
+            lines.append(f"| {plain(track.id)} | {told} |")
         return "\n".join([*lines, "", "Locally: `python -m harness history`", ""])
 
     @property
@@ -71,7 +82,10 @@ class News(Frozen):
 def news_of(history: History) -> News:
     """What there is to say after the latest of `history.runs`."""
     latest = len(history.runs) - 1
-    bad = tuple(track for track in history.tracks.values() if track.first_bad is not None)
+    ever = [track for track in history.tracks.values() if track.first_bad is not None]
+    without = last_without(history, ever)
+    bad = tuple(track for track in ever if track.id not in without)
+    left = tuple((track, without[track.id]) for track in ever if track.id in without)
     changed = []
     for track in history.tracks.values():
         judged = [(place, verdict) for place, verdict in track.verdicts if _judged(track, place)]
@@ -81,7 +95,7 @@ def news_of(history: History) -> News:
         now = str(judged[-1][1])
         if (was and was != now) or (not was and track.first_bad == latest):
             changed.append(Change(track=track, was=was, now=now))
-    return News(bad=bad, changed=tuple(changed), history=history)
+    return News(bad=bad, left=left, changed=tuple(changed), history=history)
 
 
 def _judged(track: Track, place: int) -> bool:
@@ -106,7 +120,7 @@ def publish(news: News, gh: Gh, repository: str) -> str:
     if news.changed:
         gh(["issue", "comment", number, *where, "--body-file", "-"], news.comment)
     if not news.bad:
-        gh(["issue", "close", number, *where, "--comment", "No cell is bad any more."], "")
+        gh(["issue", "close", number, *where, "--comment", "No cell that is planned is bad any more."], "")
         return f"closed #{number}"
     return f"updated #{number}: {plural(len(news.changed), 'cell')} changed"
 

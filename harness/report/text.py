@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from harness.plain import clean as clean
 from harness.plain import legal
+from harness.plain import plural as plural
 
 _RESERVED = re.compile(r"[^A-Za-z0-9_.~/:@!,;$-]")
 
@@ -54,10 +55,6 @@ def definitions(pairs: list[tuple[str, str]]) -> Markup:
     told = escaped([text for pair in pairs for text in pair])
     lines = zip(told[::2], told[1::2], strict=True)
     return Markup("".join([f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in lines]))
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def number(value: float) -> str:

@@ -28,12 +28,12 @@ def result(cell: Cell, verdict: str = "pass", reason: str = "r", **fields) -> Ce
     })  # fmt: skip
 
 
-def run_of(folder: Path, results, planned=(), chosen: Chosen | None = None, code="c", keys=None, start=True) -> Path:
-    """A run's folder with this ledger; `keys`: what each cell's verdict depends on, by cell id."""
+def run_of(folder: Path, results, planned=(), chosen: Chosen | None = None, code="c", keys=None, name="") -> Path:
+    """A run's folder with this ledger; `name`: what it calls itself; `keys`: what a verdict depends on, by cell id."""
     ledger = Ledger(folder)
     names = list(planned) or [one.cell.id for one in results]
     chosen = (chosen or Chosen(suites=("s",))).model_dump(mode="json")
-    ledger.run_start(folder.name, names, [f"host of {folder.name}"], [], chosen, None, {"code": code})
+    ledger.run_start(name or folder.name, names, [f"host of {folder.name}"], [], chosen, None, {"code": code})
     for one in results:
         ledger.result(one, (keys or {}).get(one.cell.id, f"{folder.name}{one.cell.key}"))
     ledger.run_end()
@@ -117,8 +117,8 @@ def test_of_nights_the_latest_judged_counts_and_the_earlier_stay_in_the_history(
          {"results": [result(OTHER, versions=(("torch", "2.12.0"),))]}),
         ("suites", "asked for different cells: s (a); t (b)",
          {"results": [result(OTHER)], "chosen": Chosen(suites=("t",))}),
-        ("suites", "1 of the same name are declared otherwise", {"results": [result(HELIX, declared=Verdict.XFAIL)]}),
-        ("suites", "1 of the same name are other cells",
+        ("suites", "1 name declared otherwise in different runs", {"results": [result(HELIX, declared=Verdict.XFAIL)]}),
+        ("suites", "1 name of other cells in different runs",
          {"results": [result(HELIX.model_copy(update={"env": (("A", "1"),)}))]}),
         ("code", "different code of this repository: c in a; d in b", {"results": [result(OTHER)], "code": "d"}),
     ],
@@ -129,7 +129,7 @@ def test_mixes_that_mislead_are_refused_unless_told(tmp_path, merged, kind, says
     status, _, told = merged(first, other)
     assert status == 2 and says in told and f"--allow {kind}" in told and not (tmp_path / "merged").exists()
     status, _, told = merged(first, other, allow=[kind])
-    assert status in (0, 1) and f"allowed: {'1 of' if '1 of' in says else ''}" in told and says in told
+    assert status in (0, 1) and f"allowed: {'1 name' if '1 name' in says else ''}" in told and says in told
 
 
 def test_a_version_sweep_is_no_mix(tmp_path, merged):
@@ -166,6 +166,81 @@ def test_a_folder_without_a_run_and_a_used_folder_are_refused(tmp_path, merged):
     assert merged(tmp_path / "empty")[0] == 2
     first = run_of(tmp_path / "a", [result(BASE)])
     assert merged(first)[0] == 0 and merged(first)[0] == 2
+
+
+def test_runs_that_call_themselves_alike_are_told_apart_by_folder(tmp_path, merged):
+    first = run_of(tmp_path / "a", [result(HELIX)], name="run")
+    second = run_of(tmp_path / "b", [result(OTHER)], [OTHER.id, BASE.id], name="run")
+    status, _, told = merged(first, second)
+    assert status == 3 and "merged a, b" in told and f"missing: {BASE.id} (planned by b)" in told
+    found = json.loads((tmp_path / "merged" / "expected.json").read_text())
+    assert found["runs"] == {str(first): "run", str(second): "run"}
+
+
+def test_folders_that_are_called_alike_are_told_apart_by_path(tmp_path, merged):
+    runs = [run_of(tmp_path / host / "out", [result(cell)]) for host, cell in (("x", HELIX), ("y", OTHER))]
+    assert f"merged {runs[0]}, {runs[1]}" in merged(*runs)[2]
+
+
+@pytest.mark.parametrize("text", ["", "no event\n[1]\n", '{"event": "run-end"}\n', '{"event": "models"}\n'])
+def test_a_ledger_that_tells_of_no_run_is_nothing_to_merge(tmp_path, merged, text):
+    empty = tmp_path / "runs" / "empty"
+    empty.mkdir(parents=True)
+    (empty / "ledger.ndjson").write_text(text)
+    for given in (empty, empty.parent):
+        status, _, told = merged(given)
+        assert status == 2 and f"nothing to merge in {empty}: its ledger has neither a run-start nor a result" in told
+    run_of(tmp_path / "runs" / "a", [result(HELIX)])  # a host that was lost at the start does not take the others along
+    status, run, told = merged(empty.parent)
+    assert status == 3 and verdicts(run) == {HELIX.id: "pass"} and f"warning: nothing to merge in {empty}" in told
+
+
+def test_lines_that_cannot_be_read_are_warned_of_and_exit_3(tmp_path, merged):
+    first = run_of(tmp_path / "a", [result(HELIX)])
+    ledger = first / "ledger.ndjson"
+    ledger.write_text(ledger.read_text() + "no event\n" + '{"event": "result", "result": {}}\n')
+    status, run, told = merged(first)
+    assert status == 3 and verdicts(run) == {HELIX.id: "pass"} and "report: " in told
+    assert "warning: a: ledger.ndjson:4: not an event" in told and "2 lines could not be read" in told
+    assert len(json.loads((tmp_path / "merged" / "expected.json").read_text())["unread"]["a"]) == 2
+
+
+def test_a_run_start_of_other_types_is_read_as_far_as_it_goes(tmp_path, merged):
+    (tmp_path / "a").mkdir()
+    start = {"event": "run-start", "run": 1, "planned": 2, "hardware": "x", "setting": "y", "chosen": [3]}
+    (tmp_path / "a" / "ledger.ndjson").write_text(json.dumps(start) + "\n")
+    assert merged(tmp_path / "a")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("into", "why"),
+    [("file", "it is a file"), ("file/below", "Not a directory"), ("/proc/x", "No such file or directory")],
+)
+def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path, capsys, into, why):
+    (tmp_path / "file").write_text("kept")
+    run = run_of(tmp_path / "a", [result(HELIX)])
+    assert cli.main(["merge", str(run), "--into", str(tmp_path / into)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"merge: error: cannot write into {tmp_path / into}: {why}; ") and told.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_what_ran_nowhere_is_said_of_all_runs(tmp_path, merged):
+    other = OTHER.model_copy(update={"hardware": "blackwell"})
+    skips = [result(cell, "skip", f"no {cell.hardware} here") for cell in (HELIX, OTHER, other)]
+    status, run, told = merged(run_of(tmp_path / "a", skips), run_of(tmp_path / "b", [result(BASE)]))
+    hopper = "skipped in a (no hopper here); not planned by b, which ran others on hopper"
+    blackwell = "skipped in a (no blackwell here); no run ran a cell on blackwell"
+    assert f"  2 cells ran nowhere: {hopper}\n  1 cell ran nowhere: {blackwell}\n" in told and status == 0
+    assert {one.cell.id: one.reason for one in run.results if one.verdict == "skip"} == {
+        HELIX.id: hopper, OTHER.id: hopper, other.id: blackwell,
+    }  # fmt: skip
+
+
+def test_a_cell_that_runs_skipped_although_they_had_its_hardware_keeps_their_reasons(tmp_path, merged):
+    first = run_of(tmp_path / "a", [result(BASE), result(HELIX, "skip", "needs 4")])
+    second = run_of(tmp_path / "b", [result(BASE), result(HELIX, "skip", "no hopper here")])
+    assert "1 cell ran nowhere: skipped in a (needs 4); skipped in b (no hopper here)\n" in merged(first, second)[2]
 
 
 def test_the_committed_cpu_and_h200_runs_are_one_matrix_with_both_columns(tmp_path, merged):

@@ -8,8 +8,10 @@ import examples
 import pytest
 
 from harness import cli
+from harness.chosen import Chosen
 from harness.report.history import find_runs, tracks
 from harness.report.issue import LABEL, news_of, publish
+from harness.suite import ROOT
 from harness.verdict import Verdict
 
 GH = """#!{python}
@@ -62,6 +64,17 @@ def nights(folder, *verdicts: str) -> None:
         (folder / name / "ledger.ndjson").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
+def night(folder, name: str, verdicts: dict, **start) -> None:
+    """A run with these verdicts by cell; `start`: more of its run-start."""
+    planned = [cell.id for cell in verdicts]
+    events = [{"event": "run-start", "run": name, "planned": planned, "time": f"{name}T02:00:00+00:00", **start}]
+    for cell, verdict in verdicts.items():
+        told = examples.result(cell, verdict, "r").model_copy(update={"suites": ("helix-gqa",)})
+        events.append({"event": "result", "result": told.model_dump(mode="json")})
+    (folder / name).mkdir(parents=True)
+    (folder / name / "ledger.ndjson").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
 def said(folder) -> int:
     return cli.main(["issue", "--reports", str(folder), "--repository", "o/n"])
 
@@ -86,6 +99,63 @@ def test_an_issue_is_opened_updated_and_closed(tmp_path, gh, capsys):
     assert not issue["open"] and "unproven → **pass**" in issue["comments"][1]
     nights(folder, "pass", "fail", "fail", "unproven", "pass", "fail")
     assert said(folder) == 0 and [one["open"] for one in gh()] == [False, True]
+
+
+CELL = examples.cell("helix-gqa", "CPU_ATTN", "cpu", examples.TINY, 4, 2)
+RENAMED = CELL.model_copy(update={"interleave": 16})
+GPU = CELL.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+ALL = Chosen().model_dump(mode="json")
+
+
+@pytest.mark.parametrize("start", [{"chosen": ALL}, {"chosen": {}, "asked": [ALL]}], ids=["run", "merged"])
+def test_a_bad_cell_that_is_planned_no_longer_is_told_apart_and_keeps_nothing_open(tmp_path, gh, start):
+    nights = tmp_path / "nights"
+    night(nights, "2026-11-01", {CELL: "fail"}, **start)
+    assert said(nights) == 0 and gh()[0]["open"]
+    night(nights, "2026-11-02", {RENAMED: "pass"}, **start)
+    assert said(nights) == 0
+    (issue,) = gh()
+    before, _, after = issue["body"].partition("### Planned no longer: 1 cell, bad when last run")
+    assert not issue["open"] and "0 cells not as declared" in before and "interleave" not in before
+    assert "| ✗ fail | 2026\\-11\\-01 | 2026\\-11\\-02 |" in after
+    night(nights, "2026-11-03", {CELL: "fail"}, **start)  # back again
+    assert [track.id for track in news_of(tracks(find_runs(nights))).bad] == [CELL.id]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "start"),
+    [
+        ({RENAMED: "pass"}, {}),  # an old ledger: nobody knows what it was asked for
+        ({RENAMED: "pass"}, {"chosen": Chosen(suites=("smoke",))}),
+        ({RENAMED: "pass"}, {"chosen": Chosen(cells=(RENAMED.id,))}),
+        ({GPU: "pass"}, {"chosen": Chosen()}),
+        ({RENAMED: "pass"}, {"chosen": Chosen(), "planned": [RENAMED.id, CELL.id]}),  # cut off before it
+    ],
+    ids=["unknown", "other-suites", "other-cells", "other-hardware", "unfinished"],
+)
+def test_a_run_that_was_not_asked_for_it_does_not_excuse_a_bad_cell(tmp_path, verdicts, start):
+    night(tmp_path, "2026-11-01", {CELL: "fail"})
+    chosen = {"chosen": start["chosen"].model_dump(mode="json")} if "chosen" in start else {}
+    night(tmp_path, "2026-11-02", verdicts, **{**start, **chosen})
+    news = news_of(tracks(find_runs(tmp_path)))
+    assert [track.id for track in news.bad] == [CELL.id] and not news.left
+
+
+def test_cells_that_share_a_gpu_are_other_cells(tmp_path):
+    shared = GPU.model_copy(update={"helix": (("share_gpu", True),)})
+    other = RENAMED.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+    night(tmp_path, "2026-11-01", {shared: "fail"})
+    night(tmp_path, "2026-11-02", {other: "pass"}, chosen=ALL)
+    assert not news_of(tracks(find_runs(tmp_path))).left
+    night(tmp_path, "2026-11-03", {other: "pass"}, chosen=Chosen(share_gpu=True).model_dump(mode="json"))
+    assert [track.id for track, _ in news_of(tracks(find_runs(tmp_path))).left] == [shared.id]
+
+
+def test_the_committed_evidence_has_no_bad_cell_that_is_still_planned():
+    """The two of 2026-11-24-h200 have other options since."""
+    news = news_of(tracks(find_runs(ROOT / "reports")))
+    assert not [track.id for track in news.bad if "h128" in track.id] and len(news.left) == 2
+    assert {news.history.runs[without].name for _, without in news.left} == {"2026-11-26-h100"}
 
 
 def test_a_night_that_could_not_judge_changes_nothing(tmp_path):
