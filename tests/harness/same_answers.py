@@ -18,4 +18,4 @@ def same(inside: Transcript, outside: Transcript) -> None:
         for a, b in zip(ours.steps, theirs.steps, strict=True):
             assert abs(a.logprob - b.logprob) < BATCHED
             assert all(abs(a.top[token] - b.top[token]) < BATCHED for token in a.top.keys() & b.top.keys())
-    assert alone > 100
+    assert alone >= 16  # the first boundary prompt, the long one and its repeat
