@@ -6,6 +6,7 @@
 #
 #   python3 -m harness run --hardware hopper --share-gpu --jobs 4 --run-dir RUN --suite helix-gqa --cell 'hopper/*/llama-*'
 #   python3 -m harness run --resume RUN --jobs 4             after a cut; with the same code, or everything runs again
+#   benchmarks/one_gpu.sh OUT                                every cell for one GPU in parts, most wanted first
 #
 # What was seen on one H100 with 16 cores: 21 s to start a server of one rank, 50 s for one of four, of which imports are
 # most (four cells at a time, or eight: about as many a minute); FLASHINFER compiles for two minutes at its first start,

@@ -23,25 +23,7 @@ sizes=$(for n in 8 4 2; do [ "$n" -le "$gpus" ] && echo "$n"; done)
 most=${sizes%%$'\n'*}
 echo "$gpus GPUs ($name); ranks: $(echo $sizes)"
 
-part() {  # part NAME SECONDS COMMAND …: unless it has ended well before
-  local part=$1 limit=$(($2 * ${LIMIT:-100} / 100)); shift 2
-  [ -e "$out/$part.done" ] && return 0
-  echo "== $part, $limit s"
-  timeout -s INT -k 30 "$limit" "$@" >> "$out/$part.log" 2>&1
-  local status=$?
-  [ $status -eq 0 ] && touch "$out/$part.done" || echo "$part ended with status $status"
-  tail -n 4 "$out/$part.log" | cut -c1-200
-  return $status
-}
-
-suite() {  # suite NAME SECONDS JOBS ARGUMENTS …: a run of the harness, resumed if it is there
-  local run=$out/run-$1 name=$1 limit=$2 jobs=$3; shift 3
-  if [ -e "$run/ledger.ndjson" ]; then set -- --resume "$run"; else set -- --hardware hopper --run-dir "$run" "$@"; fi
-  part "$name" "$limit" python3 -m harness run --jobs "$jobs" "$@"
-  [ $? -eq 1 ] && touch "$out/$name.done"  # verdicts that differ are an end as well; what was cut goes on next time
-}
-
-asked() { [[ $wanted == *" $1 "* ]]; }
+. benchmarks/parts.sh
 
 asked tests && part tests 240 python3 -m pytest -q -n 0 tests/combine/test_cuda_exchange.py tests/vllm_plugin/test_device_proof.py
 if asked exchange; then

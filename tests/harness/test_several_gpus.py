@@ -1,4 +1,4 @@
-"""What is prepared for hosts with several GPUs: the suites, and the script whose selections must name their cells."""
+"""What is prepared for hosts with GPUs: suites for several, and the scripts whose selections must name their cells."""
 
 import os
 import shlex
@@ -15,7 +15,8 @@ from harness.suite import ROOT, load_all
 from harness.verdict import Verdict
 
 NAMES = ["several-gpus", "several-gpus-perf"]
-SCRIPT = ROOT / "benchmarks" / "several_gpus.sh"
+SEVERAL, ONE = (ROOT / "benchmarks" / f"{name}.sh" for name in ("several_gpus", "one_gpu"))
+HOPPER = Hardware(family="hopper", name="NVIDIA H200", count=1, memory_bytes=141 * 10**9)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,7 @@ def test_a_baseline_has_the_graphs_of_what_is_compared_with_it(plan):
 
 
 def test_with_one_shared_gpu_cells_about_graphs_are_skipped_and_the_others_run():
-    one = Hardware(family="hopper", name="NVIDIA H200", count=1, memory_bytes=141 * 10**9)
-    for item in expand(load_all(["several-gpus"]), [one], share_gpu=True):
+    for item in expand(load_all(["several-gpus"]), [HOPPER], share_gpu=True):
         if item.cell.tp > 1:
             assert bool(item.skip) is (CUDA_GRAPHS in dict(item.cell.serve)), item.cell.id
 
@@ -65,7 +65,7 @@ case "$*" in *harness*--run-dir*graphs-PIECEWISE*) mkdir -p "$OUT/run-graphs-PIE
 """
 
 
-def calls(tmp_path: Path, gpus: int, *parts: str) -> list[list[str]]:
+def calls(tmp_path: Path, gpus: int, *parts: str, script: Path = SEVERAL) -> list[list[str]]:
     """What the script would run with Python on a host with so many GPUs."""
     tool, log, out = tmp_path / "bin" / "python3", tmp_path / "calls", tmp_path / "out"
     tool.parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def calls(tmp_path: Path, gpus: int, *parts: str) -> list[list[str]]:
     log.write_text("")
     environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}", "GPUS": str(gpus)}
     environment |= {"CALLS": str(log), "OUT": str(out)}
-    done = subprocess.run(["bash", SCRIPT, out, *parts], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", script, out, *parts], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 1), done.stderr
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
@@ -100,3 +100,25 @@ def test_what_was_cut_goes_on_and_what_has_ended_is_passed_over(tmp_path):
 
 def test_one_gpu_is_told_to_be_too_few(tmp_path):
     assert calls(tmp_path, 1) == []
+
+
+def test_the_script_for_one_gpu_selects_every_cell_of_the_recipes_that_a_shared_gpu_runs(tmp_path):
+    found = calls(tmp_path, 1, script=ONE)
+    runs = [make_parser().parse_args(call[3:]) for call in found if call[:3] == ["-m", "harness", "run"]]
+    assert [call[1] for call in found if call[1] != "harness"] == ["pytest", "benchmarks.proof_cost"]
+    assert all(run.share_gpu and run.hardware == ["hopper"] for run in runs) and runs[-1].jobs == 1
+    chosen = [select(expand(load_all(run.suite), [HOPPER], share_gpu=True), run.cell) for run in runs]
+    ours = {item.cell.id for part in chosen for item in part if not item.cell.baseline}
+    assert not [item.cell.id for part in chosen for item in part if item.skip]
+    names = ["helix-gqa", "helix-mla", "standard-dcp", "kernels", "faults", "known-limitations"]
+    wanted = {
+        item.cell.id
+        for item in expand(load_all(names), [HOPPER], share_gpu=True)
+        if item.cell.hardware == "hopper" and item.cell.model.startswith("recipe:") and not item.cell.baseline
+    }
+    assert wanted == ours and len(wanted) > 40
+
+
+def test_the_script_for_one_gpu_goes_on_and_passes_over(tmp_path):
+    assert len(calls(tmp_path, 1, "proof", "flashmla", script=ONE)) == 2
+    assert calls(tmp_path, 1, "proof", "flashmla", script=ONE) == []
