@@ -160,10 +160,7 @@ def measured(ranks: int, wanted: list[Case], asked: Asked, retry: bool = False) 
 def table(results: Results) -> str:
     """Markdown: one line a size, microseconds of every series, the fastest in bold, and the bare All-to-All."""
     lines = [f"| size | {' | '.join(SERIES)} | All-to-All alone |", "|" + " --- |" * (len(SERIES) + 2)]
-    groups: dict[str, dict[str, float]] = {}
-    for record in results.records:
-        groups.setdefault(record.extra["case"], {})[record.name] = record.us
-    for case, found in groups.items():
+    for case, found in results.by_case().items():
         best = min((us for name, us in found.items() if name.startswith("exchange/")), default=None)
         cells = []
         for name in (*(f"exchange/{series}" for series in SERIES), "all_to_all/nccl"):

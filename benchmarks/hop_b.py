@@ -137,10 +137,7 @@ def table(results: Results) -> str:
         f"| size | attention | {' | '.join(f'{cut} micro-batches' for cut in CUTS)} | best cut |",
         "|" + " --- |" * 7,
     ]
-    groups: dict[str, dict[str, float]] = {}
-    for record in results.records:
-        groups.setdefault(record.extra["case"], {})[record.name.removeprefix("hop_b/")] = record.us
-    for case, found in groups.items():
+    for case, found in results.by_case("hop_b/").items():
         cuts = {name: us for name, us in found.items() if name != "attention"}
         best = min(cuts, key=cuts.get, default=None)
         saved = f"{best}, {cuts[best] / cuts['1'] - 1:+.1%}" if best and "1" in cuts else "–"

@@ -53,6 +53,13 @@ class Results:
     def add(self, record: Record) -> None:
         self.records.append(record)
 
+    def by_case(self, prefix: str = "") -> dict[str, dict[str, float]]:
+        """Case -> name, without `prefix` -> median microseconds, in the order of the records."""
+        found: dict[str, dict[str, float]] = {}
+        for record in self.records:
+            found.setdefault(record.extra["case"], {})[record.name.removeprefix(prefix)] = record.us
+        return found
+
     def failed(self, what: str, error: BaseException) -> None:
         """Keep a failure as a result of its own, and go on."""
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -84,14 +84,20 @@ def test_what_is_known_later_is_written_again(tmp_path):
     assert (proof.cudagraph_mode, proof.graphs_captured, proof.backend) == ("FULL_AND_PIECEWISE", 10, "B")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_replay_of_a_graph_for_any_batch_counts_the_step():
+def captured(attention):
+    """(proof, counters, graph) of `attention(proof)`, captured on the device; nothing is counted yet."""
     proof = ProofWriter(None, 0)
     counters = proof.count_on(torch.device("cuda"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        proof.ran("prefill", captured=True)
+        attention(proof)
     counters.reset()
+    return proof, counters, graph
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_replay_of_a_graph_for_any_batch_counts_the_step():
+    proof, counters, graph = captured(lambda proof: proof.ran("prefill", captured=True))
     for prefill in (False, True, False):
         proof.step_is(torch.tensor(prefill, device="cuda"))
         graph.replay()
@@ -102,13 +108,7 @@ def test_a_replay_of_a_graph_for_any_batch_counts_the_step():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_of_a_graph_are_counted():
-    proof = ProofWriter(None, 0)
-    counters = proof.count_on(torch.device("cuda"))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(3):
-            proof.ran("decode")
-    counters.reset()
+    _, counters, graph = captured(lambda proof: [proof.ran("decode") for _ in range(3)])
     for _ in range(5):
         graph.replay()
     torch.cuda.synchronize()
