@@ -115,9 +115,8 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
                 cell = on_one_gpu(cell) if share_gpu else cell
                 try:
                     add_with_baseline(cell, suite.name, declare(cell, group.refusal), group.bench)
-                except (
-                    UnknownName
-                ) as unknown:  # to that release of vLLM; names that none knows, the suite's reader refuses
+                except UnknownName as unknown:
+                    # To that release of vLLM: names that no release knows are refused where the suite is read.
                     raise _unusable(suite.name, f"groups: '{group.name}': {unknown}") from None
     return list(plan.values())
 
