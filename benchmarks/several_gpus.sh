@@ -2,13 +2,13 @@
 # What takes several GPUs of one host, most wanted first: benchmarks/several_gpus.sh OUT [PART …]
 #
 # Call it again with the same OUT after a cut: finished parts are passed over, benchmarks and suites go on where they
-# stopped (with the same code; else suites run again). Parts: tests exchange eager graphs hop-b perf more; all of them
+# stopped (with the same code; else suites run again). Parts: tests exchange cells hop-b perf more; all of them
 # unless some are named. LIMIT=N scales every part's time limit by N percent. DCP_PY: vLLM's vllm/v1/attention/ops/dcp.py,
 # where vLLM itself is not installed; the suites need an installed vLLM, or `source benchmarks/offline_host.sh SITE`.
 # NVLink multicast stays off: in NCCL, in torch's symmetric memory, and in everything of vLLM's that would ask for it.
 set -u
 out=$(realpath -m "$1"); mkdir -p "$out"; shift
-wanted=" ${*:-tests exchange eager graphs hop-b perf more} "
+wanted=" ${*:-tests exchange cells hop-b perf more} "
 vllm=${DCP_PY:+--vllm-ops $DCP_PY}
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
@@ -32,28 +32,21 @@ if asked exchange; then
   done
   python3 -m benchmarks.links --json "$out/links-$name.json" "$out"/exchange-"$name"-n*.json > "$out/links.log" 2>&1
 fi
-if asked eager; then  # the largest layouts first: GQA on FLASH_ATTN, MLA
-  suite "eager-$most" 420 "$gpus" --suite several-gpus \
-    --cell "hopper/helix-gqa/FLASH_ATTN/*/tp$most-*/a2a/*=0.3/allow_gqa_tpa1=True/workload=smoke" \
-    --cell "hopper/helix-mla/FLASH*/tp$most-*/a2a/*=0.3/block-size=64/workload=smoke"
-fi
-if asked graphs; then
-  for mode in FULL_AND_PIECEWISE PIECEWISE FULL; do
-    suite "graphs-$mode-$most" 420 "$gpus" --suite several-gpus \
-      --cell "hopper/helix-*/FLASH_ATTN*/*/tp$most-*cudagraph_mode=$mode/*"
-  done
-fi
+# Most wanted first, as the suite has them: CUDA graphs, eager, our own exchanges, standard DCP; the largest layouts.
+asked cells && suite "cells-$most" 900 16 --suite several-gpus --cell "hopper/*/tp$most-*"
 if asked hop-b; then
   for n in $sizes; do
     part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
   done
 fi
 if asked perf; then
-  suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/*/tp$most-*/max-model-len=140000/*"
-  suite "perf-512k-$most" 900 1 --suite several-gpus-perf --cell "hopper/*/tp$most-*/max-model-len=530000/*"
+  suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=140000/*"
+  [ "$gpus" -ge 4 ] &&
+    suite "perf-512k-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=530000/*"
+  suite "perf-dcp-$most" 900 1 --suite several-gpus-perf --cell "hopper/standard-dcp/*/tp$most-*"
 fi
 if asked more; then  # everything else that this host can hold
-  suite more 1800 "$gpus" --suite several-gpus
-  [ "$gpus" -ge 4 ] && suite others 1800 "$gpus" --suite standard-tp --suite standard-dcp --suite helix-gqa --suite helix-mla \
+  suite more 1800 16 --suite several-gpus
+  [ "$gpus" -ge 4 ] && suite others 1800 16 --suite standard-tp --suite standard-dcp --suite helix-gqa --suite helix-mla \
     --cell 'hopper/*/llama-*' --cell 'hopper/*/deepseek-v2*/*'
 fi

@@ -108,17 +108,6 @@ _VLLM_0_32 = (
         "compute capability 8.0 to 12.1",
         # `FlashInferImpl` inherits lse_base_on_e = True, but its GQA kernels return base 2: its call sites say so.
         "2",
-        special=(
-            (
-                HELIX_GQA,
-                _LIMIT,
-                "not yet proven with Helix: its metadata builder plans with get_num_kv_heads(parallel_config), so with "
-                "the TP share of the KV heads and not the TPA share, and its GQA kernels return a base-2 LSE although "
-                "the class flag says base e. Standard DCP is right on an H100 (both combines, both interleaves); "
-                "Helix did not start there, by an assertion in our own hook, which is mended and was not run again",
-                "reports/2026-11-26-h100",
-            ),
-        ),
     ),
     _Backend("TRITON_ATTN", False, _CUDA, "triton_attn.py", "a GPU", None),
     _Backend("FLEX_ATTENTION", False, _CUDA, "flex_attention.py", "a GPU", None),

@@ -6,7 +6,7 @@ Times are shown and never judged. What can fail a cell: requests that fail, a ca
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.bench.measure import BASELINE, CELL, finished, slots
+from harness.bench.measure import BASELINE, CELL, finished, side_by_side, slots
 from harness.bench.predict import predict
 from harness.bench.result import BenchResult, KvCapacity, LoadResult, Metric, interval, ratio
 from harness.bench.spec import BenchSpec, Load
@@ -45,7 +45,7 @@ def gather(cell: Cell, spec: BenchSpec, folder: Path, device: str, generator: st
     return BenchResult(
         loads=loads,
         rounds=spec.rounds,
-        side_by_side=cell.hardware == "cpu",
+        side_by_side=side_by_side((cell, cell)),
         generator=generator,
         kv=_kv(folder / CELL),
         baseline_kv=_kv(folder / BASELINE),

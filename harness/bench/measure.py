@@ -9,7 +9,8 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from harness.bench.result import KvCapacity
 from harness.bench.spec import BenchSpec, Load
 from harness.cell import Cell
 from harness.lease import Host, Lease, lease_port
-from harness.need import Need, need_of
+from harness.need import UTILIZATION, Need, need_of
 from harness.server.launch import Launch
 from harness.server.log import Cause, Failure, kv_cache_tokens, read_log
 from harness.server.place import Place, Processes
@@ -51,15 +52,21 @@ class Where(NamedTuple):
     limits: Limits | None = None
 
 
+def side_by_side(cells: Iterable[Cell]) -> bool:
+    """Whether all of them stay up: on a CPU, and on GPUs where their `gpu-memory-utilization` leaves room for each other."""
+    shares = [0.0 if cell.hardware == "cpu" else float(dict(cell.serve).get(UTILIZATION, 1.0)) for cell in cells]
+    return sum(shares) <= 1.0
+
+
 class Sides:
-    """The two servers. On a CPU both stay up; on GPUs, which one of them fills, the other is stopped first.
+    """The two servers: started together where they fit `side_by_side`; else the other is stopped before one starts.
 
     One lease, held to the end, serves both, so that rounds of a cell and of its baseline run on the same GPUs.
     """
 
     def __init__(self, cells: dict[str, Cell], folder: Path, where: Where):
         self.cells, self.folder, self.where = cells, folder, where
-        self.together = cells[CELL].hardware == "cpu"
+        self.together = side_by_side(cells.values())
         self._up: dict[str, tuple[Server, contextlib.ExitStack]] = {}
         self._lease: Lease | None = None
 
@@ -79,14 +86,16 @@ class Sides:
         needs = [need_of(cell, cores) for cell in self.cells.values()]
         memory = (sum if self.together else max)(need.memory_bytes for need in needs)
         why = " and ".join(need.why for need in needs) if self.together else needs[0].why
-        return needs[0].model_copy(update={"memory_bytes": memory, "why": why})
+        return needs[0].model_copy(update={"memory_bytes": memory, "why": why, "share": 1.0})
 
     def need(self, side: str) -> Server:
         """The running server of `side`. Raises ServerFailed where it does not start or has died."""
-        if side not in self._up:
-            if not self.together:
-                for other in list(self._up):
-                    self._stop(other)
+        if side not in self._up and self.together:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(self._start, self.cells))
+        elif side not in self._up:
+            for other in list(self._up):
+                self._stop(other)
             self._start(side)
         server = self._up[side][0]
         server.check()

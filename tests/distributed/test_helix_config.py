@@ -247,8 +247,8 @@ class TestCapabilityRefusals:
         assert "helix-mla" not in {layout.mode for layout in error.legal}
 
     def test_a_known_limitation_resolves_and_says_so(self):
-        layout = resolve_layout(8, 2, 32, 8, False, True, "FLASHINFER", "hopper")
-        assert any(note.startswith("known limitation: not yet proven with Helix") for note in layout.notes)
+        layout = resolve_layout(8, 2, 32, 8, False, True, "FLASHINFER", "hopper", vllm_version="helix-original")
+        assert any(note.startswith("known limitation: ") and "root cause" in note for note in layout.notes)
 
     def test_unknown_names_list_the_valid_ones(self):
         error = refusal(4, 2, 16, 4, False, True, "FLASH")
@@ -416,10 +416,9 @@ class TestCapabilities:
         assert "9.x and 10.x" in reason
         assert "is_flashmla_dense_supported" in reason
 
-    def test_flashinfer_gqa_is_base_2_and_a_known_limitation_with_helix(self):
+    def test_flashinfer_gqa_is_base_2_and_a_known_limitation_before_0_30(self):
         row = declare("FLASHINFER", "hopper", "helix-gqa")
-        assert (row.support, row.lse, row.lse_base) == (Support.KNOWN_LIMITATION, True, "2")
-        assert "get_num_kv_heads" in row.reason
+        assert (row.support, row.lse, row.lse_base) == (Support.SUPPORTED, True, "2")
         assert declare("FLASHINFER", "hopper", "standard-dcp").support is Support.SUPPORTED
         assert declare("FLASHINFER", "hopper", "standard-dcp", "0.29.1").support is Support.KNOWN_LIMITATION
 

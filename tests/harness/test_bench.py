@@ -12,7 +12,7 @@ from harness.bench import cells as bench_cells
 from harness.bench import measure as measuring
 from harness.bench.judge import gather, judge, statistics
 from harness.bench.load import LoadFailed, arguments
-from harness.bench.measure import BASELINE, CELL, Where, cache_labels, finished, measure, slots, undisturbed
+from harness.bench.measure import BASELINE, CELL, Sides, Where, cache_labels, finished, measure, slots, undisturbed
 from harness.bench.predict import predict
 from harness.bench.result import KvCapacity, interval, ratio
 from harness.bench.spec import BenchSpec, Goodput, Load
@@ -20,7 +20,9 @@ from harness.capacity import promised
 from harness.cell import Cell, Mode
 from harness.declared import shape_of
 from harness.hardware import Hardware
+from harness.lease import Host
 from harness.matrix import expand
+from harness.need import Need, Room
 from harness.runner import run
 from harness.server.launch import Launch
 from harness.server.log import Cause, Failure
@@ -235,6 +237,28 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, fakes):
     sides.started.clear()
     measure(*asked)
     assert sides.started == [] and len(generator.ran) == 8, "nothing is left to do, so nothing is started"
+
+
+@pytest.mark.parametrize(("share", "at_once"), [(0.45, 2), (0.9, 1)])
+def test_on_gpus_both_stay_up_where_they_leave_room_for_each_other(tmp_path, monkeypatch, share, at_once):
+    serve = (("gpu-memory-utilization", share),)
+    cells = {
+        side: cell.model_copy(update={"hardware": "hopper", "serve": serve})
+        for side, cell in ((CELL, HELIX), (BASELINE, BASE))
+    }
+    up, most = [], []
+
+    def start(self, side):
+        up.append(side)
+        most.append(len(up))
+        self._up[side] = (SimpleNamespace(check=lambda: None), SimpleNamespace(close=lambda: up.remove(side)))
+
+    monkeypatch.setattr(Sides, "_start", start)
+    host = Host(Room(gpus=tuple(f"GPU-{number}" for number in range(4)), cores=8))
+    with Sides(cells, tmp_path, Where(threading.Event(), host=host)) as sides:
+        assert [sides.need(side) and len(up) for side in (CELL, BASELINE)] == [at_once, at_once]
+        assert host.take(Need(gpus=1, share=0.05)) is None, "measured cells are alone on their GPUs"
+    assert up == [] and max(most) == at_once
 
 
 def test_rounds_of_another_question_are_not_mixed_in(tmp_path, fakes):

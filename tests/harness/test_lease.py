@@ -237,7 +237,8 @@ def test_what_cells_need():
     assert need_of(gpu, 16).gpus == 4
     assert need_of(gpu.model_copy(update={"helix": (("share_gpu", True),)}), 16).gpus == 1
     part = (("gpu-memory-utilization", 0.25),)
-    assert need_of(gpu.model_copy(update={"serve": part}), 16).share == 1.0
+    assert need_of(gpu, 16).share == 1.0
+    assert need_of(gpu.model_copy(update={"serve": part}), 16).share == 0.25
     shared = need_of(gpu.model_copy(update={"serve": part, "helix": (("share_gpu", True),)}), 16)
     assert (shared.gpus, shared.share, shared.cores) == (1, 0.25, 2)
     assert need_of(gpu.model_copy(update={"serve": part, "tp": 1}), 16).share == 0.25

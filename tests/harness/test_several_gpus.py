@@ -60,8 +60,8 @@ def test_with_one_shared_gpu_cells_about_graphs_are_skipped_and_the_others_run()
 STUB = """#!/bin/bash
 [ "$1" = -c ] && { echo "$GPUS h200"; exit; }
 printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS"
-case "$*" in *harness*--run-dir*graphs-PIECEWISE*) mkdir -p "$OUT/run-graphs-PIECEWISE-$GPUS"
-  touch "$OUT/run-graphs-PIECEWISE-$GPUS/ledger.ndjson"; exit 124;; esac
+case "$*" in *harness*--run-dir*perf-512k*) mkdir -p "$OUT/run-perf-512k-$GPUS"
+  touch "$OUT/run-perf-512k-$GPUS/ledger.ndjson"; exit 124;; esac
 """
 
 
@@ -86,16 +86,16 @@ def test_every_selection_of_the_script_names_cells_that_the_host_holds(tmp_path,
         str(ranks) for ranks in (8, 4, 2) if ranks <= gpus
     ]
     runs = [make_parser().parse_args(call[3:]) for call in found if call[:3] == ["-m", "harness", "run"]]
-    assert len(runs) == (7 if gpus == 2 else 8)
+    assert len(runs) == (4 if gpus == 2 else 6)
     for run in runs:
         chosen = select(expand(load_all(run.suite), []), run.cell)  # raises where a glob matches nothing
         assert any(item.cell.tp <= gpus and not item.cell.baseline for item in chosen)
 
 
 def test_what_was_cut_goes_on_and_what_has_ended_is_passed_over(tmp_path):
-    calls(tmp_path, 2, "eager", "graphs")
-    again = calls(tmp_path, 2, "eager", "graphs")
-    assert [call[3:] for call in again] == [["--jobs", "2", "--resume", f"{tmp_path}/out/run-graphs-PIECEWISE-2"]]
+    calls(tmp_path, 4, "cells", "perf")
+    again = calls(tmp_path, 4, "cells", "perf")
+    assert [call[3:] for call in again] == [["--jobs", "1", "--resume", f"{tmp_path}/out/run-perf-512k-4"]]
 
 
 def test_one_gpu_is_told_to_be_too_few(tmp_path):
