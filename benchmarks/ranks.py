@@ -71,23 +71,27 @@ def _main(rank: int, ranks: int, folder: str, work: Callable, given: tuple) -> N
 
 @dataclass(frozen=True)
 class Chain:
-    """K calls that are replayed at once; `kept` are their results, each in memory of its own."""
+    """K calls that are replayed at once; `kept` are their results, each in memory of its own.
+
+    `made_of` are the calls: a graph does not hold the buffers that they hold, and a replay needs them.
+    """
 
     replay: Callable[[], object]
     calls: int
     kept: list[object]
+    made_of: Sequence[Call]
 
 
 def chain(calls: Sequence[Call], device: torch.device) -> Chain:
     """Calls in one CUDA graph, the first of them run before; on CPU a loop."""
     calls[0]()
     if device.type != "cuda":
-        return Chain(lambda: [call() for call in calls], len(calls), [])
+        return Chain(lambda: [call() for call in calls], len(calls), [], calls)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events meanwhile
         kept = [call() for call in calls]
-    return Chain(graph.replay, len(calls), kept)
+    return Chain(graph.replay, len(calls), kept, calls)
 
 
 def times(here: Here, chains: Mapping[str, Chain], rounds: int) -> dict[str, Timing]:

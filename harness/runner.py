@@ -45,8 +45,8 @@ _MISSES = 8
 class Executor(Protocol):
     """What the scheduler needs of the place where servers run."""
 
-    def reserve(self, cell: Cell, ask: bool = True) -> bool:
-        """Lease what the next attempt at `cell` takes of the host; False while others hold it."""
+    def reserve(self, cell: Cell, ask: bool = True) -> bool | None:
+        """Lease what the next attempt at `cell` takes of the host; False while others hold it, None if not tried."""
         ...
 
     def attempt(self, cell: Cell, folder: Path, follow: Transcript | None, ask: bool = True) -> Attempt: ...
@@ -150,11 +150,11 @@ class _Run:
                         for item in ready:
                             if len(running) >= self.jobs or misses > _MISSES:
                                 break
-                            if self._asks(item) and not self.executor.reserve(
-                                item.cell, item.declared is not Verdict.REJECTED
-                            ):
-                                misses += 1  # a smaller one may fit beside what runs
-                                continue
+                            if self._asks(item):
+                                got = self.executor.reserve(item.cell, item.declared is not Verdict.REJECTED)
+                                misses += got is False  # a smaller one may fit beside what runs
+                                if not got:
+                                    continue
                             taken.add(item.cell.key)
                             running.add(pool.submit(self._one, item))
                         waiting = [item for item in waiting if item.cell.key not in taken]

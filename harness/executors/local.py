@@ -53,11 +53,14 @@ class LocalExecutor:
         self._reserved: dict[str, Lease] = {}  # by cell key, for the next attempt
         self._waiting: Ticket | None = None  # for what could not be leased first
 
-    def reserve(self, cell: Cell, ask: bool = True) -> bool:
-        """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt."""
+    def reserve(self, cell: Cell, ask: bool = True) -> bool | None:
+        """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt.
+
+        None: it was not tried, since what has waited long comes first.
+        """
         need = self._need(cell, ask)
         if self._waiting is not None and self._waiting.old and self._waiting.need != need:
-            return False  # what has waited long comes first
+            return None
         try:
             lease = self.host.take(need, self._waiting)
         except (ValueError, RuntimeError, OSError):

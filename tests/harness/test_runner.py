@@ -119,6 +119,20 @@ def test_with_several_jobs_what_takes_one_core_goes_first(tmp_path):
         assert {cell for cell, _, _ in table.ran[: len(first)]} == first
 
 
+def test_what_has_waited_long_is_found_behind_any_number_that_wait_for_it(tmp_path):
+    """Seen on two GPUs: a refusal that wanted a whole one waited behind a dozen baselines, and these for it."""
+    plan = [planned(BASE)] + [planned(HELIX.model_copy(update={"interleave": 2**step})) for step in range(12)]
+
+    class OneWaits(Table):
+        def reserve(self, cell: Cell, ask: bool = True) -> bool | None:
+            waited = plan[-1].cell
+            return True if cell in (BASE, waited) or waited in [ran for ran, _, _ in self.ran] else None
+
+    table = OneWaits()
+    found = run(plan, run_dir=tmp_path, jobs=1, progress=lambda line: None, executor=table)
+    assert [result.verdict for result in found] == [Verdict.PASS] * 13 and table.ran[1][0] == plan[-1].cell
+
+
 def test_a_failed_baseline_is_the_error_of_its_dependents(tmp_path):
     broken = failed(BASE, Cause.OUT_OF_MEMORY, "no memory")
     found, table = play(tmp_path, [planned(BASE), planned(HELIX)], answers={BASE: broken})
