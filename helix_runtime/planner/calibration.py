@@ -70,6 +70,8 @@ ASSUMED = {
     "all-to-all": Fit(0.7),
     "all-gather": Fit(0.7),
 }
+#: Fitted only where more than one number of ranks was measured: what two ranks take says nothing of 64.
+_COLLECTIVES = ("all-reduce", "all-to-all", "all-gather")
 #: Host time of one kernel that is launched outside a CUDA graph: assumed.
 EAGER_LAUNCH = 5e-6
 
@@ -181,7 +183,7 @@ def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement
     elif kind.endswith("attention"):
         own = _attention(backend, own)
     here = [one for one in own if one.device == gpu]
-    if len(own) < ENOUGH:
+    if len(own) < ENOUGH or (kind in _COLLECTIVES and len({one.ranks for one in own}) < 2):
         return ASSUMED[kind]
     found = fitted(here if len(here) >= ENOUGH else own)
     elsewhere = [] if len(here) >= ENOUGH else [", ".join(sorted({one.device for one in own}))]

@@ -34,7 +34,9 @@ def _init_combine(original):
         _name_direct(upstream)
 
         def combine(partial_output, partial_lse, **lengths):
-            if current().helix:  # vLLM's direct exchange refuses the view that FLASH_ATTN_MLA returns, also of one token
+            if (
+                current().helix
+            ):  # vLLM's direct exchange refuses the view that FLASH_ATTN_MLA returns, also of one token
                 partial_lse = partial_lse.clone(memory_format=torch.contiguous_format)
             return combined("decode", upstream, partial_output, partial_lse, **lengths)
 

@@ -188,3 +188,12 @@ def test_the_committed_measurements_calibrate_an_h200():
     found = calibrate("h200")
     assert {"stream", "pack", "combine", "launch"} <= set(found.measured)
     assert 0.6 < found["stream"].efficiency < 1 and 0.5e-6 < found["launch"].overhead < 2e-6
+
+
+@pytest.mark.parametrize(("ranks", "measured"), [((2,), False), ((2, 4), True)])
+def test_a_collective_is_fitted_only_where_several_numbers_of_ranks_were_measured(ranks, measured):
+    given = [
+        Measurement("all-to-all", "", f"{n} {size}", size, 3 * size + 1e-6 * n, "h200", "f", n)
+        for n in ranks for size in (1e-6, 2e-6, 5e-6, 1e-5)
+    ]  # fmt: skip
+    assert calibrate("h200", given=given)["all-to-all"].measured is measured

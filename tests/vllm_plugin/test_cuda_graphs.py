@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
 
 from helix_runtime.capabilities import plugin_refusal_on_cuda
-from helix_runtime.vllm_plugin import cuda_graphs, cuda_mla
+from helix_runtime.vllm_plugin import cuda_combine, cuda_graphs, cuda_mla
 from helix_runtime.vllm_plugin.options import HelixOptions
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
@@ -73,6 +73,23 @@ def test_the_proof_names_the_direct_exchange_that_vllm_chooses(monkeypatch):
     cuda_mla._name_direct(functools.partial(manager._direct_workspace_combine, None))
     assert context.combine_name.endswith("MLADCPManager._direct_workspace_combine")
     assert amended == {"combine_impl": context.combine_name}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_lse_that_is_exchanged_is_packed_whatever_view_a_backend_returns(monkeypatch, tokens):
+    """FLASH_ATTN_MLA returns [H, T] transposed, whose strides torch calls contiguous where T is 1; the kernel does not."""
+    import torch
+
+    context = SimpleNamespace(
+        helix=True, armed=cuda_combine.NOTHING_ARMED, proof=SimpleNamespace(ran=lambda *_, **__: 0)
+    )
+    for module in (cuda_mla, cuda_combine):
+        monkeypatch.setattr(module, "current", lambda: context)
+    got = []
+    init_combine = cuda_mla._init_combine(lambda self: lambda output, lse: got.append(lse))
+    given = torch.arange(16.0 * tokens).view(16, tokens).transpose(0, 1)
+    init_combine(None)(None, given)
+    assert got[0].stride() == (16, 1) and torch.equal(got[0], given)
 
 
 def test_vllms_mode_is_told_by_a_dotted_flag():
