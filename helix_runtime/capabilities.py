@@ -87,8 +87,8 @@ def plugin_refusal_on_cuda(
         return f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}"
     if not (eager or unproved_cuda_graphs):
         return (
-            "no cell has proved Helix inside whole-engine CUDA graphs; add --enforce-eager "
-            "(to validate them there is the helix option unproved_cuda_graphs)"
+            "Helix inside whole-engine CUDA graphs was shown on two GPUs only, so with TPA 1; add --enforce-eager "
+            "(or, to validate it, the helix option unproved_cuda_graphs: docs/hooks/cuda-graphs.md)"
         )
     return None
 

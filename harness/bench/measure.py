@@ -53,7 +53,7 @@ class Where(NamedTuple):
 
 
 def side_by_side(cells: Iterable[Cell]) -> bool:
-    """Whether all of them stay up: on a CPU, and on GPUs where their `gpu-memory-utilization` leaves room for each other."""
+    """Whether all stay up: on a CPU, and on GPUs where what they take of the memory leaves room for each other."""
     shares = [0.0 if cell.hardware == "cpu" else float(dict(cell.serve).get(UTILIZATION, 1.0)) for cell in cells]
     return sum(shares) <= 1.0
 

@@ -6,6 +6,7 @@ of 10 is off by up to 0.03, and so are the shards' weights, several times what r
 Hook: `MLADCPManager._init_combine`, whose result is wrapped by a counter; `MLAAttentionImpl.do_kv_cache_update`, where
 tokens are counted in the V1 runner. With Helix, `TritonMLAImpl.forward_mqa` and the kernel's launcher in its module:
 the kernel gets an fp32 buffer, and the combine that buffer.
+FLASH_ATTN_MLA's LSE is a transposed view, which vLLM's direct exchange between GPUs refuses; with Helix it is copied.
 Upstream: vllm `v1/attention/ops/dcp.py`, `v1/attention/backend.py`, `v1/attention/backends/mla/triton_mla.py`.
 Remove when: vLLM reports which combine ran, and how often, and TRITON_MLA's LSE is fp32.
 """

@@ -77,7 +77,7 @@ def test_the_proof_names_the_direct_exchange_that_vllm_chooses(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_the_lse_that_is_exchanged_is_packed_whatever_view_a_backend_returns(monkeypatch, tokens):
-    """FLASH_ATTN_MLA returns [H, T] transposed, whose strides torch calls contiguous where T is 1; the kernel does not."""
+    """FLASH_ATTN_MLA returns [H, T] transposed: contiguous for torch where T is 1, but not for vLLM's kernel."""
     import torch
 
     context = SimpleNamespace(
