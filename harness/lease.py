@@ -111,6 +111,10 @@ class Host:
         """
         return self._take(need, ticket or Ticket(need))
 
+    def opens(self, need: Need) -> bool:
+        """Whether so many GPUs are not quarantined: what waits for more must not keep others waiting."""
+        return need.gpus <= len(self.room.gpus) - len(_quarantined() & set(self.room.gpus))
+
     def wait(self, need: Need, cancel: threading.Event) -> Lease:
         """As `take`, as soon as others give enough back. Raises Cancelled."""
         with Ticket(need) as ticket:
@@ -132,7 +136,8 @@ class Host:
             gpus.sort(key=lambda gpu: -taken[gpu])  # a GPU that is shared already, so that others stay whole
             cores = self.room.cores - sum(other["cores"] for other in others)
             memory = self.room.memory_bytes - sum(other["memory"] for other in others)
-            wanted = sum(other["waits_for"] for other in others)
+            opened = len(self.room.gpus) - len(closed & set(self.room.gpus))
+            wanted = sum(other["waits_for"] for other in others if other["waits_for"] <= opened)
             if need.gpus > len(gpus) - wanted or need.cores > cores or need.memory_bytes > memory:
                 return None
             resources = contextlib.ExitStack()

@@ -21,7 +21,7 @@ from harness.bench.result import KvCapacity
 from harness.bench.spec import BenchSpec, Load
 from harness.cell import Cell
 from harness.lease import Host, Lease, lease_port
-from harness.need import UTILIZATION, Need, need_of
+from harness.need import Need, need_of
 from harness.server.launch import Launch
 from harness.server.log import Cause, Failure, kv_cache_tokens, read_log
 from harness.server.place import Place, Processes
@@ -54,12 +54,12 @@ class Where(NamedTuple):
 
 def side_by_side(cells: Iterable[Cell]) -> bool:
     """Whether all stay up: on a CPU, and on GPUs where what they take of the memory leaves room for each other."""
-    shares = [0.0 if cell.hardware == "cpu" else float(dict(cell.serve).get(UTILIZATION, 1.0)) for cell in cells]
-    return sum(shares) <= 1.0
+    return sum(need_of(cell, 1).share for cell in cells if cell.hardware != "cpu") <= 1.0
 
 
 class Sides:
-    """The two servers: started together where they fit `side_by_side`; else the other is stopped before one starts.
+    """The two servers. Where they fit `side_by_side` both stay up, and start together on GPUs, where a start is mostly
+    waiting; else the other is stopped before one starts.
 
     One lease, held to the end, serves both, so that rounds of a cell and of its baseline run on the same GPUs.
     """
@@ -68,6 +68,7 @@ class Sides:
         self.cells, self.folder, self.where = cells, folder, where
         self.together = side_by_side(cells.values())
         self._up: dict[str, tuple[Server, contextlib.ExitStack]] = {}
+        self._one_model = threading.Lock()  # made by the first, found by the second
         self._lease: Lease | None = None
 
     def __enter__(self) -> "Sides":
@@ -86,15 +87,16 @@ class Sides:
         needs = [need_of(cell, cores) for cell in self.cells.values()]
         memory = (sum if self.together else max)(need.memory_bytes for need in needs)
         why = " and ".join(need.why for need in needs) if self.together else needs[0].why
-        return needs[0].model_copy(update={"memory_bytes": memory, "why": why, "share": 1.0})
+        both = min(sum(need.cores for need in needs), cores) if self.together else needs[0].cores
+        return needs[0].model_copy(update={"memory_bytes": memory, "why": why, "share": 1.0, "cores": both})
 
     def need(self, side: str) -> Server:
         """The running server of `side`. Raises ServerFailed where it does not start or has died."""
-        if side not in self._up and self.together:
+        if side not in self._up and self.together and self.cells[side].hardware != "cpu":
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self._start, self.cells))
         elif side not in self._up:
-            for other in list(self._up):
+            for other in () if self.together else list(self._up):
                 self._stop(other)
             self._start(side)
         server = self._up[side][0]
@@ -107,7 +109,8 @@ class Sides:
         stack = contextlib.ExitStack()
         try:
             port = stack.enter_context(lease_port())
-            launch = self.where.place.launch(self.cells[side], place.absolute(), port, self._lease.gpus)
+            with self._one_model:
+                launch = self.where.place.launch(self.cells[side], place.absolute(), port, self._lease.gpus)
             log, limits = place / "server.log", self.where.limits or Limits()
             server = Server(undisturbed(launch), log, limits, self.where.cancel, self._lease.descriptor)
             stack.callback(server.stop)

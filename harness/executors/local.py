@@ -56,24 +56,30 @@ class LocalExecutor:
     def reserve(self, cell: Cell, ask: bool = True) -> bool | None:
         """Lease what the next attempt at `cell` takes; False while others hold it. A lack is left to the attempt.
 
-        None: it was not tried, since what has waited long comes first.
+        None: it was not tried, since what has waited long comes first, unless a quarantined GPU keeps that waiting.
         """
         need = self._need(cell, ask)
-        if self._waiting is not None and self._waiting.old and self._waiting.need != need:
+        waiting = self._waiting
+        if waiting is not None and waiting.old and waiting.need != need and self.host.opens(waiting.need):
             return None
         try:
             lease = self.host.take(need, self._waiting)
         except (ValueError, RuntimeError, OSError):
+            self._waited(need)
             return True  # the attempt meets it again, and its row says so
         if lease is None:
             self._waiting = self._waiting or Ticket(need)
             self._waiting.age()
             return False
         self._reserved[cell.key] = lease
+        self._waited(need)
+        return True
+
+    def _waited(self, need: Need) -> None:
+        """No longer keep free what was waited for, if it was `need`."""
         if self._waiting is not None and self._waiting.need == need:
             self._waiting.close()
             self._waiting = None
-        return True
 
     def _need(self, cell: Cell, ask: bool) -> Need:
         """What a server takes. One that is to be refused, and so not asked, ends before its ranks start."""

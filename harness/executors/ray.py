@@ -41,6 +41,7 @@ from harness.transcript import Transcript
 __all__ = ["ClusterError", "RayExecutor"]
 
 _NODE = "ray.io/node-id"  # a label that every node has
+_ASKED = 8  # so many cells wait for hosts at the same time
 _PATIENCE = 5.0  # seconds between looks at whether the run was interrupted, or a host was lost
 
 
@@ -118,15 +119,21 @@ class RayExecutor:
         """How many cells may run at the same time: no more than there are GPUs, or hosts without one."""
         return max(1, sum(one.gpus or 1 for one in self.census.living()))
 
-    def reserve(self, cell: Cell, ask: bool = True) -> bool:
-        """Ask for what `cell` takes, once; True as soon as hosts give it. A lack is left to the attempt."""
+    def reserve(self, cell: Cell, ask: bool = True) -> bool | None:
+        """Ask for what `cell` takes, once; True as soon as hosts give it. A lack is left to the attempt.
+
+        None: hosts have not given it yet, or it was not asked for, since enough others wait. It never counts as a miss:
+        what is granted meanwhile, and holds GPUs, is found behind any number that wait.
+        """
+        if cell.key not in self._leases and len(self._leases) > _ASKED:
+            return None
         placed = self._place(cell)
         if isinstance(placed, Lack):
             self._drop(cell)
             return True
         with self._lock:
             held = self._leases[cell.key] = self._current(self._leases.get(cell.key), placed)
-        return held.group.wait(timeout_seconds=0)
+        return held.group.wait(timeout_seconds=0) or None
 
     def give_back(self) -> None:
         """Release what is reserved and was not used."""

@@ -55,7 +55,9 @@ class Part(Frozen):
         """This host's share of what the cell takes."""
         gpus = self.ranks if whole.gpus else 0
         cores, memory = max(whole.cores // self.hosts, 1), whole.memory_bytes // self.hosts
-        return Need(gpus=gpus, cores=cores, memory_bytes=memory, why=f"1/{self.hosts} of {whole.why}")
+        return Need(
+            gpus=gpus, share=whole.share, cores=cores, memory_bytes=memory, why=f"1/{self.hosts} of {whole.why}"
+        )
 
 
 class _Shared(Processes):

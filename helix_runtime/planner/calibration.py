@@ -183,16 +183,22 @@ def _class(kind: str, gpu: str, backend: str | None, every: Sequence[Measurement
     elif kind.endswith("attention"):
         own = _attention(backend, own)
     here = [one for one in own if one.device == gpu]
-    if len(own) < ENOUGH or (kind in _COLLECTIVES and len({one.ranks for one in own}) < 2):
+    used = here if _enough(kind, here) else own
+    if not _enough(kind, used):
         return ASSUMED[kind]
-    found = fitted(here if len(here) >= ENOUGH else own)
-    elsewhere = [] if len(here) >= ENOUGH else [", ".join(sorted({one.device for one in own}))]
+    found = fitted(used)
+    elsewhere = [] if used is here else [", ".join(sorted({one.device for one in own}))]
     if backend is not None and kind.endswith("attention"):
         elsewhere += sorted({one.series for one in own} - {"", backend})
     if not elsewhere:
         return found
     source = f"{found.source}, carried over from {' and '.join(elsewhere)}"
     return replace(found, band=found.band + CARRIED_BAND * len(elsewhere), source=source)
+
+
+def _enough(kind: str, measured: Sequence[Measurement]) -> bool:
+    several = kind not in _COLLECTIVES or len({one.ranks for one in measured}) > 1
+    return several and len(measured) >= ENOUGH
 
 
 def _attention(backend: str | None, measured: Sequence[Measurement]) -> list[Measurement]:

@@ -35,9 +35,8 @@ def _init_combine(original):
         _name_direct(upstream)
 
         def combine(partial_output, partial_lse, **lengths):
-            if (
-                current().helix
-            ):  # vLLM's direct exchange refuses the view that FLASH_ATTN_MLA returns, also of one token
+            # By strides: torch calls the view of one token contiguous.
+            if current().helix and partial_lse.stride() != (partial_lse.shape[1], 1):
                 partial_lse = partial_lse.clone(memory_format=torch.contiguous_format)
             return combined("decode", upstream, partial_output, partial_lse, **lengths)
 

@@ -1,6 +1,7 @@
 """One cell from start to stop on the stub server: what the executor hands back, and what it leaves on disk."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 from test_server import gone, launch, logged
@@ -98,6 +99,32 @@ def test_a_server_that_is_to_be_refused_takes_one_core_however_many_ranks_it_nam
     assert host._need(many, ask=True).cores == 8 and host._need(many, ask=False).cores == 1
     on_gpus = many.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
     assert host._need(on_gpus, ask=False) == host._need(on_gpus, ask=True)
+
+
+def test_on_ray_few_are_asked_for_at_a_time_and_what_is_granted_meanwhile_is_found():
+    """A pending group is no miss: one that was granted, and holds GPUs, may stand behind any number that are not."""
+    pytest.importorskip("ray")
+    from harness.executors.ray import _ASKED, RayExecutor
+
+    granted: set[str] = set()
+
+    class Groups(RayExecutor):
+        def __init__(self):
+            self._lock, self._leases = threading.Lock(), {}
+
+        def _place(self, cell):
+            return cell.key
+
+        def _current(self, held, placed):
+            return held or SimpleNamespace(group=SimpleNamespace(wait=lambda timeout_seconds: placed in granted))
+
+    executor, cells = Groups(), [CELL.model_copy(update={"interleave": 2**step}) for step in range(12)]
+    assert [executor.reserve(cell) for cell in cells] == [None] * 12
+    assert list(executor._leases) == [cell.key for cell in cells[: _ASKED + 1]]
+    granted.add(cells[3].key)
+    assert executor.reserve(cells[3]) is True and executor.reserve(cells[11]) is None
+    executor._leases.pop(cells[3].key)  # as its attempt does
+    assert executor.reserve(cells[11]) is None and cells[11].key in executor._leases
 
 
 def test_the_second_answer_is_asked_in_other_batches():

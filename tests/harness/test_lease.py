@@ -236,8 +236,9 @@ def test_what_cells_need():
     gpu = cell(4).model_copy(update={"hardware": "hopper"})
     assert need_of(gpu, 16).gpus == 4
     assert need_of(gpu.model_copy(update={"helix": (("share_gpu", True),)}), 16).gpus == 1
-    part = (("gpu-memory-utilization", 0.25),)
+    part = (("gpu-memory-utilization", 0.25), ("kv-cache-memory-bytes", 2**29))
     assert need_of(gpu, 16).share == 1.0
+    assert need_of(gpu.model_copy(update={"serve": part[:1]}), 16).share == 1.0, "vLLM would measure the free memory"
     assert need_of(gpu.model_copy(update={"serve": part}), 16).share == 0.25
     shared = need_of(gpu.model_copy(update={"serve": part, "helix": (("share_gpu", True),)}), 16)
     assert (shared.gpus, shared.share, shared.cores) == (1, 0.25, 2)
@@ -267,6 +268,35 @@ def test_memory_is_the_least_of_host_and_control_groups(tmp_path):
     (tmp_path / "cg/a/b/memory.max").write_text("max\n")
     (tmp_path / "cg/a/memory.max").write_text(f"{2 * GIB}\n")
     assert host_memory(tmp_path / "proc", tmp_path / "cg") == 2 * GIB
+
+
+def gpu_cell(tp: int) -> Cell:
+    return cell(tp).model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
+
+
+def test_what_no_lease_can_be_written_for_keeps_nothing_waiting(monkeypatch):
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    host = Host(Room(gpus=("GPU-0", "GPU-1"), cores=8))
+    executor, running = LocalExecutor(host=host), host.take(Need(gpus=1))
+    assert executor.reserve(gpu_cell(2)) is False and executor.reserve(gpu_cell(1)) is None
+    running.release()
+    with monkeypatch.context() as full:
+        full.setattr(leases, "lease_port", lambda: (_ for _ in ()).throw(RuntimeError("no free port")))
+        assert executor.reserve(gpu_cell(2)) is True, "its attempt says what is wrong"
+    assert executor.reserve(gpu_cell(1)) is True
+    executor.give_back()
+
+
+def test_what_waits_for_a_quarantined_gpu_keeps_no_other_waiting(monkeypatch):
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    monkeypatch.setattr(leases, "_quarantined", lambda: {"GPU-0"})
+    executor = LocalExecutor(host=Host(Room(gpus=("GPU-0", "GPU-1"), cores=8)))
+    assert executor.reserve(gpu_cell(2)) is False and executor.reserve(gpu_cell(1)) is True
+    other = LocalExecutor(host=Host(Room(gpus=("GPU-0", "GPU-1"), cores=8)))
+    executor._reserved.popitem()[1].release()
+    assert other.reserve(gpu_cell(1)) is True
+    for one in (executor, other):
+        one.give_back()
 
 
 def test_a_scheduler_that_waits_is_served_before_later_ones(monkeypatch):

@@ -197,3 +197,6 @@ def test_a_collective_is_fitted_only_where_several_numbers_of_ranks_were_measure
         for n in ranks for size in (1e-6, 2e-6, 5e-6, 1e-5)
     ]  # fmt: skip
     assert calibrate("h200", given=given)["all-to-all"].measured is measured
+    other = Measurement("all-to-all", "", "8", 1e-6, 1e-5, "h100", "g", 8)
+    found = calibrate("h200", given=[*given, other])["all-to-all"]
+    assert found.n == (8 if measured else 5), "with one number of ranks here, what others measured counts too"
