@@ -129,16 +129,20 @@ class Host:
             raise ValueError(lack)
         with _one_at_a_time():
             holders = _held("lease")
-            others = [*holders, *_held("want", before=ticket.since, but=ticket.path)]
-            taken = {gpu: sum(other["share"] for other in others if gpu in other["gpus"]) for gpu in self.room.gpus}
+            older = sorted(_held("want", before=ticket.since, but=ticket.path), key=lambda want: want["since"])
             closed = _quarantined()
-            gpus = [gpu for gpu in self.room.gpus if gpu not in closed and taken[gpu] + need.share <= 1.0 + _ROUNDING]
+            taken = {
+                gpu: sum(other["share"] for other in holders if gpu in other["gpus"])
+                for gpu in self.room.gpus
+                if gpu not in closed
+            }
+            for want in older:
+                _set_aside(want, taken)
+            gpus = [gpu for gpu in taken if taken[gpu] + need.share <= 1.0 + _ROUNDING]
             gpus.sort(key=lambda gpu: -taken[gpu])  # a GPU that is shared already, so that others stay whole
-            cores = self.room.cores - sum(other["cores"] for other in others)
-            memory = self.room.memory_bytes - sum(other["memory"] for other in others)
-            opened = len(self.room.gpus) - len(closed & set(self.room.gpus))
-            wanted = sum(other["waits_for"] for other in others if other["waits_for"] <= opened)
-            if need.gpus > len(gpus) - wanted or need.cores > cores or need.memory_bytes > memory:
+            cores = self.room.cores - sum(other["cores"] for other in (*holders, *older))
+            memory = self.room.memory_bytes - sum(other["memory"] for other in (*holders, *older))
+            if need.gpus > len(gpus) or need.cores > cores or need.memory_bytes > memory:
                 return None
             resources = contextlib.ExitStack()
             try:
@@ -184,6 +188,19 @@ class Ticket:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self.path = None
+
+
+def _set_aside(want: dict, taken: dict[str, float]) -> None:
+    """Count as taken what an older request would get now; or, where it gets nothing, the emptiest GPUs, to come free.
+
+    Nothing for what waits for more GPUs than are not quarantined.
+    """
+    wanted, share = want["waits_for"], want["share"]
+    if wanted > len(taken):
+        return
+    fitting = sorted((gpu for gpu in taken if taken[gpu] + share <= 1.0 + _ROUNDING), key=lambda gpu: -taken[gpu])
+    for gpu in (fitting if len(fitting) >= wanted else sorted(taken, key=taken.__getitem__))[:wanted]:
+        taken[gpu] += share
 
 
 def _before(gpu: str, holders: Sequence[dict]) -> GpuMemory | None:

@@ -274,6 +274,43 @@ def gpu_cell(tp: int) -> Cell:
     return cell(tp).model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
 
 
+def test_a_part_of_gpus_that_is_waited_for_keeps_no_more_than_that_part(monkeypatch):
+    """A request for parts of both GPUs lacks cores only: what is left of the GPUs is lent; a whole one is not."""
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    host = Host(Room(gpus=("GPU-0", "GPU-1"), cores=8))
+    busy = host.take(Need(cores=6))
+    with leases.Ticket(Need(gpus=2, share=0.3, cores=3)) as first:
+        first.age()
+        assert host.take(first.need, first) is None
+        assert host.take(Need(gpus=1, share=0.5, cores=1)) is None, "cores are kept for the first"
+        busy.release()
+        small = host.take(Need(gpus=1, share=0.7, cores=1))
+        assert small is not None and host.take(Need(gpus=1, share=1.0, cores=1)) is None
+        assert host.take(Need(gpus=1, share=0.8, cores=1)) is None
+        granted = host.take(first.need, first)
+        assert set(granted.gpus) == {"GPU-0", "GPU-1"}
+    for lease in (small, granted):
+        lease.release(patience=0.0)
+
+
+def test_what_waits_for_a_whole_gpu_gets_the_emptiest(monkeypatch):
+    monkeypatch.setattr(leases, "PATIENCE", 0.0)
+    host = Host(Room(gpus=("GPU-0", "GPU-1"), cores=8))
+    full, half = host.take(Need(gpus=1, share=0.9)), host.take(Need(gpus=1, share=0.5))
+    assert full.gpus != half.gpus
+    with leases.Ticket(Need(gpus=1)) as first:
+        first.age()
+        assert host.take(first.need, first) is None
+        assert host.take(Need(gpus=1, share=0.2)) is None, "the emptiest is to come free"
+        beside = host.take(Need(gpus=1, share=0.1))
+        assert beside.gpus == full.gpus
+        half.release(patience=0.0)
+        whole = host.take(first.need, first)
+        assert whole.gpus == half.gpus
+    for lease in (full, beside, whole):
+        lease.release(patience=0.0)
+
+
 def test_what_no_lease_can_be_written_for_keeps_nothing_waiting(monkeypatch):
     monkeypatch.setattr(leases, "PATIENCE", 0.0)
     host = Host(Room(gpus=("GPU-0", "GPU-1"), cores=8))
