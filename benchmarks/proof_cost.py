@@ -147,7 +147,8 @@ def engines(args: argparse.Namespace) -> dict:
     for turn in range(args.turns):
         for name in ("with", "without") if turn % 2 == 0 else ("without", "with"):
             with tempfile.TemporaryDirectory() as folder:
-                helix = {"helix_mode": args.helix, **({"proof_dir": folder} if name == "with" else {})}
+                helix = {"helix_mode": args.helix, **json.loads(args.options)}
+                helix |= {"proof_dir": folder} if name == "with" else {}
                 times[name] += step_seconds(
                     {
                         "model": args.model, "tensor_parallel_size": args.tp, "decode_context_parallel_size": args.dcp,
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dcp", type=int, default=2)
     parser.add_argument("--helix", action="store_true", help="Helix mode; standard DCP otherwise")
+    parser.add_argument("--options", default="{}", help="further helix options, as JSON")
     parser.add_argument("--engine", default="{}", help="further engine arguments, as JSON")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")

@@ -2,13 +2,13 @@
 # What takes several GPUs of one host, most wanted first: benchmarks/several_gpus.sh OUT [PART …]
 #
 # Call it again with the same OUT after a cut: finished parts are passed over, benchmarks and suites go on where they
-# stopped (with the same code; else suites run again). Parts: tests exchange cells hop-b perf more; all of them
+# stopped (with the same code; else suites run again). Parts: tests exchange cells hop-b proof perf more; all of them
 # unless some are named. LIMIT=N scales every part's time limit by N percent. DCP_PY: vLLM's vllm/v1/attention/ops/dcp.py,
 # where vLLM itself is not installed; the suites need an installed vLLM, or `source benchmarks/offline_host.sh SITE`.
 # NVLink multicast stays off: in NCCL, in torch's symmetric memory, and in everything of vLLM's that would ask for it.
 set -u
 out=$(realpath -m "$1"); mkdir -p "$out"; shift
-wanted=" ${*:-tests exchange cells hop-b perf more} "
+wanted=" ${*:-tests exchange cells hop-b proof perf more} "
 vllm=${DCP_PY:+--vllm-ops $DCP_PY}
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
@@ -38,6 +38,14 @@ if asked hop-b; then
   for n in $sizes; do
     part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
   done
+fi
+if asked proof; then  # what the proof of path costs a step of a real engine
+  model=$(python3 -m harness.models deepseek-v2-lite-512k 2> /dev/null | tail -n 1)
+  part proof 420 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 256 \
+    --options '{"unproved_cuda_graphs": true}' --json "$out/proof-cost-engine-$name.json" --engine '{
+      "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
+      "kv_cache_memory_bytes": 21474836480, "dcp_comm_backend": "a2a",
+      "compilation_config": {"pass_config": {"fuse_allreduce_rms": false}}}'
 fi
 if asked perf; then
   suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=140000/*"
