@@ -59,6 +59,14 @@ def test_it_runs_and_reports_where_it_is_called(called, installed, tmp_path, whe
     assert (folder / "index.html").is_file() and not (installed / "reports").exists()
 
 
+def test_a_rendering_of_it_takes_its_code_from_the_image(called, installed, tmp_path):
+    words = ("render", "slurm", "--suite", "helix-gqa", "--hardware", "hopper", "--into")
+    status, told = called(*words, tmp_path / "a")
+    assert status == 2 and "--image is needed" in told
+    assert called(*words, tmp_path / "b", "--image", "docker://reg/helix:1")[0] == 0
+    assert str(installed) not in (tmp_path / "b" / "hopper-8gpu.sbatch").read_text()
+
+
 def test_what_needs_a_checkout_says_so(called):
     status, told = called("--unit")
     assert status == 2 and "the tests are in a checkout" in told
