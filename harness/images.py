@@ -15,7 +15,7 @@ from harness.frozen import Frozen, content_hash
 from harness.redact import hide_secrets
 from harness.resume import code_key
 from harness.server.containers import NoDocker, connect
-from harness.suite import ROOT
+from harness.suite import CHECKOUT, ROOT
 
 KINDS = ("cpu", "cuda")
 #: `cuda` has none: its base is named by digest, so that the same image is built everywhere.
@@ -98,6 +98,8 @@ def make_plan(client, kind: str, base: str | None, vllm: str = VLLM, arguments: 
             "the CUDA base is named by digest: --base vllm/vllm-openai@sha256:…; the digest of a release: "
             f"docker buildx imagetools inspect vllm/vllm-openai:v{vllm}"
         )
+    if not CHECKOUT:
+        raise ImageError("images are built from a checkout, and this is an installed distribution")
     dockerfile = (ROOT / "images" / kind / "Dockerfile").read_text()
     return Plan(
         kind=kind, base=base, base_digest=local, vllm=vllm, dockerfile=dockerfile, code=code_key(),

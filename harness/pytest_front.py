@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from harness.suite import ROOT
+from harness.suite import CHECKOUT, ROOT
 
 #: What `--unit` leaves out; `tests/conftest.py` prints how many tests that were, and why.
 UNIT = "not server and not nightly and not gpu"
@@ -38,6 +38,9 @@ def _status(status: int) -> int:
 
 
 def _pytest(arguments: Sequence[str]) -> int:
+    if not CHECKOUT:
+        print("the tests are in a checkout, and this is an installed distribution", file=sys.stderr)
+        return 4
     command = [sys.executable, "-m", "pytest", "--rootdir", str(ROOT), *arguments]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # Ctrl-C reaches pytest too; it prints its summary and ends, and its status is what this call returns.

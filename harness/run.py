@@ -19,7 +19,7 @@ from harness.ledger import LedgerBusy
 from harness.matrix import PlannedCell
 from harness.plain import clean, plural
 from harness.result import CellResult
-from harness.suite import ROOT
+from harness.suite import REPORTS
 from harness.verdict import TABLE, Effect, Verdict, exit_status
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from harness.executors.ray import RayExecutor
     from harness.progress import Progress
 
-REPORTS = ROOT / "reports"
 RUNS = REPORTS / "runs"
 INTERRUPTED = 130
 INFRASTRUCTURE = 3

@@ -21,7 +21,10 @@ from helix_runtime.capability_rows import DEFAULT_VLLM
 
 #: Where this checkout is: suites, schemas and reports are found from here, wherever the command is called.
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "suites"
+#: An installed distribution has none: it brings its suites along, and its reports are where the command is called.
+CHECKOUT = (ROOT / "pyproject.toml").is_file()
+FOLDER = ROOT / "suites" if CHECKOUT else ROOT / "harness" / "suites"
+REPORTS = (ROOT if CHECKOUT else Path.cwd()) / "reports"
 SCHEMA_FILE = ROOT / "harness" / "schemas" / "suite-v1.json"
 
 #: Serve options that a cell has a field of its own for, or that the harness sets itself.

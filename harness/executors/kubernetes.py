@@ -73,8 +73,8 @@ def _pod(group: Group, options: KubernetesOptions, name: str) -> dict:
     resources = {"cpu": str(max(group.cores, 1))}
     if group.gpus:
         resources["nvidia.com/gpu"] = str(group.gpus)
-    else:
-        resources["memory"] = f"{group.memory_bytes // 2**20 + 1}Mi"
+    if group.memory_bytes:
+        resources["memory"] = f"{-(-group.memory_bytes // 2**20)}Mi"
     volumes = [
         {"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}},
         {"name": "cells", "configMap": {"name": name}},

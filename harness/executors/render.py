@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -22,10 +23,11 @@ from harness.hardware import choose, detect
 from harness.ledger import Ledger
 from harness.matrix import PlanError, expand, select
 from harness.plain import plural
-from harness.suite import ROOT, load_all
+from harness.suite import CHECKOUT, ROOT, load_all
 from harness.yaml_file import SuiteError
 
 USAGE = 2
+_NAMED = 3
 INFRASTRUCTURE = 3
 
 
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     plan = [item for item in plan if item.cell.hardware in families]
     others = {item.cell.id: _other(item.cell, options.vllm) for item in plan if item.cell.vllm_version != options.vllm}
     plan = [item for item in plan if item.cell.id not in others]
-    tasks = tasks_of(plan, options.gpus_per_node, options.cores)
+    tasks = tasks_of(plan, options.gpus_per_node, options.cores, options.memory)
     left_out = {**tasks.left_out, **others}
     if not tasks.groups:
         told = ", ".join(sorted(families))
@@ -61,16 +63,27 @@ def main(argv: Sequence[str]) -> int:
             return _complain(problem)
         for path in (folder, *([runs / "log"] if runs else [])):
             path.mkdir(parents=True, exist_ok=True)
+        _tell(left_out, options.verbose)
         scripts = _slurm(tasks, options, folder, runs, mark) if runs else _kubernetes(tasks, options, folder, mark)
         chosen = Chosen(suites=tuple(options.suite), share_gpu=options.share_gpu).model_dump(mode="json")
-        planned = [item.cell.id for item in plan]  # what `merge` expects
-        Ledger((runs or folder) / "plan").run_start("plan", planned, [], sys.argv, chosen)
+        # What `merge` expects: what no task runs is not missing.
+        Ledger((runs or folder) / "plan").run_start("plan", list(tasks.runs), [], sys.argv, chosen)
     except OSError as problem:
         where = problem.filename or options.into
         return _complain(f"cannot write {where}: {problem.strerror or problem}; name other folders (--into, --runs)")
-    for cell, why in left_out.items():
-        print(f"left out: {cell}: {why}")
     return max(map(_checked, scripts), default=0)
+
+
+def _tell(left_out: Mapping[str, str], verbose: bool) -> None:
+    """The cells that no task runs, by reason; of many the first few by name."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for cell, why in left_out.items():
+        reasons[why].append(cell)
+    for why, cells in reasons.items():
+        named = cells if verbose else cells[:_NAMED]
+        print(f"left out: {plural(len(cells), 'cell')}: {why}", *named, sep="\n  ")
+        if len(named) < len(cells):
+            print(f"  and {len(cells) - len(named)} more; all: -v")
 
 
 def _other(cell: Cell, vllm: str) -> str:
@@ -80,9 +93,9 @@ def _other(cell: Cell, vllm: str) -> str:
 def _slurm(tasks: Tasks, options: argparse.Namespace, folder: Path, runs: Path, mark: str) -> list[Path]:
     """The scripts."""
     made = SlurmOptions(
-        mark=mark, root=ROOT, runs=runs, lists=folder, image=options.image or "", partition=options.partition or "",
-        account=options.account or "", time=options.time, at_once=options.at_once, select=tuple(options.select),
-        arguments=_arguments(options),
+        mark=mark, root=ROOT if CHECKOUT else runs, runs=runs, lists=folder, image=options.image or "",
+        partition=options.partition or "", account=options.account or "", time=options.time, at_once=options.at_once,
+        select=tuple(options.select), arguments=_arguments(options),
     )  # fmt: skip
     scripts = {f"{group.name}.sbatch": sbatch(group, made) for group in tasks.groups}
     scripts["submit.sh"] = submit(tasks.groups, made, folder)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.ledger import find
-from harness.suite import ROOT, Family
+from harness.suite import CHECKOUT, ROOT, Family
 from helix_runtime.capability_rows import DEFAULT_VLLM
 
 #: Options of one form, and what the others are told of it.
@@ -31,6 +31,11 @@ def _like(pattern: str, allowed: str) -> Callable[[str], str]:
 
 def _positive(text: str) -> int:
     return int(_like(r"0*[1-9][0-9]{0,8}", "a whole number from 1 on")(text))
+
+
+def _bytes(text: str) -> int:
+    _like(r"[1-9][0-9]{0,6}[MGT]", "a whole number with M, G or T, such as 64G")(text)
+    return int(text[:-1]) * 2 ** {"M": 20, "G": 30, "T": 40}[text[-1]]
 
 
 def _families(text: str) -> list[str]:
@@ -58,6 +63,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--suite", action="append", default=[], metavar="NAME", help="repeatable; default: all suites")
     add("--cell", action="append", default=[], metavar="GLOB", help="cells whose id matches; repeatable")
     add("--hardware", type=_families, default=[], metavar="LIST", help="default: this host's")
+    add("-v", "--verbose", action="store_true", help="name all cells that are left out, not three for each reason")
     add("--share-gpu", action="store_true", help="all ranks of a GPU cell on one GPU")
     add(
         "--image", type=_like(r"\S+", "the name of an image, without white space"),
@@ -74,6 +80,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--gpus-per-node", type=_positive, default=8, metavar="N", help="default 8")
     add("--cores", type=_positive, default=16, metavar="N", help="cores of a node (default 16)")
+    add(
+        "--memory", type=_bytes, default=0, metavar="SIZE",
+        help="host memory of each task, such as 64G (default: what CPU ranks need; beside GPUs none is asked for)",
+    )  # fmt: skip
     time = _like(r"(?=.*[1-9])[0-9]{1,4}:[0-5][0-9]:[0-5][0-9]", "HH:MM:SS, more than none")
     add("--time", type=time, default="02:00:00", metavar="HH:MM:SS", help="limit for one cell")
     add(
@@ -96,6 +106,13 @@ def problem_of(options: argparse.Namespace) -> str:
     for form, names in _ONLY.items():
         if form != options.form and (given := [f"--{name}" for name in names if getattr(options, name) is not None]):
             return f"{', '.join(given)}: of `render {form}` only; leave it out of `render {options.form}`"
+    if options.form == "slurm" and not options.image and options.vllm != DEFAULT_VLLM:
+        return (
+            f"--vllm {options.vllm}: without --image tasks run ./test_helix.sh, which installs vLLM {DEFAULT_VLLM}. "
+            f"Add --image docker://… with vLLM {options.vllm} and the harness's requirements"
+        )
+    if options.form == "slurm" and not options.image and not CHECKOUT:
+        return "--image is needed: this is an installed distribution, and ./test_helix.sh is in a checkout"
     if options.form == "kubernetes" and not options.image:
         return "--image is needed: pods run in it. Add --image REGISTRY/IMAGE"
     if options.form == "kubernetes" and "://" in options.image:

@@ -12,7 +12,8 @@ class SlurmOptions(Frozen):
 
     `mark` is this rendering's own: its tasks find their own runs again, and no others.
 
-    `select`: hardware -> the Slurm feature that nodes with it have. `root` is this checkout, on a shared file system.
+    `select`: hardware -> the Slurm feature that nodes with it have. `root` is this checkout, on a shared file system;
+    of an installed distribution, whose code is in the image, the folder of runs.
     """
 
     mark: str
@@ -42,7 +43,8 @@ def sbatch(group: Group, options: SlurmOptions) -> str:
         f"--output={options.runs}/log/%x-%a.txt",
         "--open-mode=append",
     ]
-    directives += [f"--gpus-per-node={group.gpus}"] if group.gpus else [f"--mem={group.memory_bytes // 2**20 + 1}M"]
+    directives += [f"--gpus-per-node={group.gpus}"] if group.gpus else []
+    directives += [f"--mem={-(-group.memory_bytes // 2**20)}M"] if group.memory_bytes else []
     directives += [f"--constraint={feature}"] if feature else []
     directives += [f"--partition={options.partition}"] if options.partition else []
     directives += [f"--account={options.account}"] if options.account else []

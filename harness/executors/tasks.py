@@ -15,10 +15,12 @@ from harness.shard import chain
 
 #: Slurm's usual MaxArraySize is 1001, and a ConfigMap holds a MiB: larger groups are cut.
 LARGEST = 1000
+#: Cores of a GPU task beside its ranks: the API server, the engine core and the harness.
+SPARE_CORES = 3
 
 
 class Group(Frozen):
-    """Tasks that take the same: `cells` by id, the index of a task being its place. Memory is of CPU ranks only."""
+    """Tasks that take the same: `cells` by id, the index of a task being its place. `memory_bytes`: 0 asks for none."""
 
     name: str
     hardware: str
@@ -29,20 +31,26 @@ class Group(Frozen):
 
 
 class Tasks(NamedTuple):
-    """`left_out`: id -> why no task runs it."""
+    """`left_out`: id -> why no task runs it. `runs`: ids of all that tasks run, in the plan's order, baselines too."""
 
     groups: tuple[Group, ...]
     left_out: dict[str, str]
+    runs: tuple[str, ...]
 
 
-def tasks_of(plan: Sequence[PlannedCell], gpus_per_node: int, cores_per_node: int) -> Tasks:
-    """One task for each cell of `plan` that is not a baseline of another. What this host lacks does not matter here."""
+def tasks_of(plan: Sequence[PlannedCell], gpus_per_node: int, cores_per_node: int, memory_bytes: int = 0) -> Tasks:
+    """One task for each cell of `plan` that is not a baseline of another. What this host lacks does not matter here.
+
+    `memory_bytes` of each task; 0: what ranks on a CPU need, and none asked for beside GPUs. A GPU task has spare cores
+    as far as its part of the node's has them, so that as many tasks as have GPUs fit on a node.
+    """
     anywhere = [item.model_copy(update={"skip": None}) if _of_host(item) else item for item in plan]
     by_key = {item.cell.key: item for item in anywhere}
     chains = {item.cell.key: chain(item, by_key) for item in anywhere}
     needed = {key for keys in chains.values() for key in keys[1:]}
     found: dict[tuple[str, int, int, int], list[str]] = defaultdict(list)
     left_out: dict[str, str] = {}
+    run: set[str] = set()
     for item in anywhere:
         if item.cell.key in needed:
             continue
@@ -53,8 +61,12 @@ def tasks_of(plan: Sequence[PlannedCell], gpus_per_node: int, cores_per_node: in
         elif gpus > gpus_per_node:
             left_out[item.cell.id] = f"needs {gpus} GPUs; a node has {gpus_per_node}"
         else:
-            cores, memory = max(need.cores for need in needs), max(need.memory_bytes for need in needs)
+            cores = max(need.cores for need in needs)
+            if gpus:
+                cores = max(cores, min(cores + SPARE_CORES, cores_per_node * gpus // gpus_per_node))
+            memory = memory_bytes or max(need.memory_bytes for need in needs)
             found[item.cell.hardware, gpus, cores, memory].append(item.cell.id)
+            run.update(chains[item.cell.key])
     groups = []
     names: dict[str, int] = defaultdict(int)
     for (hardware, gpus, cores, memory), cells in found.items():
@@ -68,7 +80,7 @@ def tasks_of(plan: Sequence[PlannedCell], gpus_per_node: int, cores_per_node: in
                     cells=tuple(cells[start : start + LARGEST]),
                 )
             )  # fmt: skip
-    return Tasks(tuple(groups), left_out)
+    return Tasks(tuple(groups), left_out, tuple(item.cell.id for item in anywhere if item.cell.key in run))
 
 
 def _of_host(item: PlannedCell) -> bool:

@@ -13,10 +13,9 @@ from harness.merge.join import Joined, join
 from harness.merge.mixes import KINDS, lost_shards, mixes
 from harness.merge.source import NothingToMerge, Source, find_sources
 from harness.plain import clean, plural
-from harness.suite import ROOT
+from harness.suite import REPORTS
 from harness.verdict import exit_status
 
-REPORTS = ROOT / "reports"
 USAGE = 2
 INFRASTRUCTURE = 3
 _WARNED = 20

@@ -16,7 +16,7 @@ from harness.report.history import History, Track, find_runs, tracks
 from harness.report.markdown import plain
 from harness.report.planned import last_without
 from harness.report.text import plural
-from harness.suite import ROOT
+from harness.suite import REPORTS
 from harness.verdict import TABLE
 
 LABEL = "helix-nightly"
@@ -128,7 +128,7 @@ def publish(news: News, gh: Gh, repository: str) -> str:
 def main(argv: Sequence[str]) -> int:
     """Exit status 2: no runs; 3: `gh` failed."""
     parser = argparse.ArgumentParser(prog="python -m harness issue", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--reports", type=Path, default=ROOT / "reports", metavar="DIR", help="the folder of runs")
+    parser.add_argument("--reports", type=Path, default=REPORTS, metavar="DIR", help="the folder of runs")
     parser.add_argument("--repository", metavar="OWNER/NAME", help="where the issue is; without it, it is printed")
     options = parser.parse_args(argv)
     runs = find_runs(options.reports)

@@ -13,10 +13,9 @@ from harness.report.history import History, find_runs, previous, tracks
 from harness.report.markdown import changes
 from harness.report.store import Stored, stored
 from harness.report.text import clean, number, plural
-from harness.suite import ROOT
+from harness.suite import REPORTS
 from harness.verdict import TABLE
 
-REPORTS = ROOT / "reports"
 USAGE = 2
 _LISTED = 20
 

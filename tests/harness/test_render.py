@@ -1,6 +1,7 @@
 """Rendered runs: what a task takes, valid scripts and manifests, and outputs that `merge` takes. No cluster is here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness.executors.kubernetes import KubernetesOptions, manifests, script
 from harness.executors.slurm import SlurmOptions, sbatch
 from harness.executors.tasks import LARGEST, Group, tasks_of
 from harness.matrix import PlannedCell
+from harness.need import need_of
 from harness.report.run import load
 from harness.suite import Family
 from harness.verdict import Verdict
@@ -66,6 +68,44 @@ def test_a_task_is_a_cell_with_its_baselines_and_takes_the_most_of_them():
         ("hopper-4gpu", 4, (HELIX.id, OTHER.id)), ("hopper-2gpu", 2, (lone.id,))
     ]  # fmt: skip
     assert tasks.left_out == {wide.id: "needs 16 GPUs; a node has 8"}
+    assert tasks.runs == (BASE.id, HELIX.id, OTHER.id, lone.id)
+
+
+def test_a_gpu_task_has_spare_cores_as_far_as_its_part_of_the_node_has_them():
+    lone = BASE.model_copy(update={"backend": "FLASHINFER", "tp": 2})
+    plan = [planned(BASE), planned(HELIX), planned(lone)]
+    for node, cores in ((64, [7, 5]), (12, [6, 3]), (8, [4, 2])):  # 4 ranks, 2 ranks
+        assert [group.cores for group in tasks_of(plan, gpus_per_node=8, cores_per_node=node).groups] == cores
+
+
+def test_memory_is_asked_for_where_it_is_given(tmp_path, capsys):
+    for number, more in enumerate(((), ("--memory", "64G"))):
+        assert rendered(capsys, *SLURM, "--into", tmp_path / f"s{number}", *more)[0] == 0
+        lines = (tmp_path / f"s{number}" / "hopper-8gpu.sbatch").read_text().splitlines()
+        assert [line for line in lines if "--mem" in line] == (["#SBATCH --mem=65536M"] if more else [])
+        assert rendered(capsys, *KUBERNETES, "--into", tmp_path / f"k{number}", *more)[0] == 0
+        job = [*yaml.safe_load_all((tmp_path / f"k{number}" / "hopper-8gpu.yaml").read_text())][1]
+        assert kubernetes_validate.validate(job, KINDS[-1], strict=True) == KINDS[-1]
+        for asked in job["spec"]["template"]["spec"]["containers"][0]["resources"].values():
+            assert asked.get("memory") == ("65536Mi" if more else None)
+    cpu = HELIX.model_copy(update={"hardware": "cpu"})
+    for given, asked in ((0, need_of(cpu, 8).memory_bytes), (2**40, 2**40)):
+        assert tasks_of([planned(cpu)], 8, 8, given).groups[0].memory_bytes == asked > 0
+
+
+def test_cells_that_no_node_holds_are_counted_by_reason_and_not_expected(tmp_path, capsys):
+    words = ("--suite", "several-gpus", "--hardware", "hopper", "--gpus-per-node", "2", "--into")
+    status, told = rendered(capsys, "slurm", *words, tmp_path / "a")
+    everything = rendered(capsys, "slurm", *words, tmp_path / "b", "-v")[1]
+    expected = set(load(tmp_path / "a" / "runs" / "plan").unfinished)
+    assert status == 0 and expected and not [cell for cell in expected if "/tp4" in cell or "/tp8" in cell]
+    lists = (tmp_path / "a").glob("*.txt")
+    run = {cell for file in lists for cell in file.read_text().splitlines()}
+    assert run <= expected and not [cell for cell in expected if cell in everything]
+    counts = [int(count) for count in re.findall(r"left out: (\d+) cells?: needs [48] GPUs; a node has 2\n", told)]
+    assert len(counts) == 2 and everything.count("  hopper/") == sum(counts) > told.count("  hopper/") == 6
+    assert f"  and {counts[0] - 3} more; all: -v\n" in told and "more; all" not in everything
+    assert told.rindex("left out:") < told.index("submit:")
 
 
 def test_a_large_group_is_cut():
@@ -240,6 +280,8 @@ def test_a_folder_for_runs_that_holds_a_plan_is_refused(tmp_path, capsys):
         ((*SLURM, "--select", "hopper=a/b=c"), "'a/b=c' is not for slurm; allowed: the name of one feature"),
         ((*SLURM, "--select", "hopper=a", "--select", "hopper=b"), "is given 2 times; allowed: once"),
         ((*SLURM, "--vllm", "new"), "--vllm: 'new'; allowed: a release such as"),
+        ((*SLURM, "--vllm", "0.28.0"), "without --image tasks run ./test_helix.sh, which installs vLLM"),
+        ((*SLURM, "--memory", "64GB"), "--memory: '64GB'; allowed: a whole number with M, G or T"),
         ((*SLURM, "--claim", "c", "--namespace", "n"), "--claim, --namespace: of `render kubernetes` only"),
         ((*SLURM, "--runs", "/tmp/a b"), "/tmp/a b: Slurm's options and mounts take no white space"),
         (("kubernetes", *HOPPER), "--image is needed"),
@@ -269,12 +311,12 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path, capsys, below):
 def test_cells_of_another_release_are_left_out_by_name_and_not_expected(tmp_path, capsys):
     words = ("kubernetes", "--hardware", "hopper", "--suite", "version-sweep", "--image", "reg/i:1", "--into")
     for vllm, more in ((DEFAULT_VLLM, ()), ("0.29.0", ("--vllm", "0.29.0"))):
-        status, told = rendered(capsys, *words, tmp_path / vllm, *more)
-        assert status == 0 and f"i1/vllm=0.28.0: needs vLLM 0.28.0; tasks have {vllm} (render it apart: --vllm" in told
-        expected = load(tmp_path / vllm / "plan").unfinished
-        assert expected and all(
-            ("vllm=" in cell) == bool(more) and f"left out: {cell}:" not in told for cell in expected
+        status, told = rendered(capsys, *words, tmp_path / vllm, *more, "-v")
+        assert (
+            status == 0 and f"needs vLLM 0.28.0; tasks have {vllm} (render it apart: --vllm 0.28.0)\n  hopper/" in told
         )
+        expected = load(tmp_path / vllm / "plan").unfinished
+        assert expected and all(("vllm=" in cell) == bool(more) and f"  {cell}\n" not in told for cell in expected)
     status, told = rendered(capsys, *words, tmp_path / "none", "--vllm", "0.1.0")
     assert status == 2 and "cells for hopper are left out, as:" in told and not (tmp_path / "none").exists()
 
