@@ -1,7 +1,8 @@
 """What selects the cells of a run: written into its ledger at the start, read back by `--resume`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -51,24 +52,47 @@ class Chosen(Frozen):
 
 
 def find_run(asked: str, runs: Path) -> Path:
-    """The folder of run `asked`: a path, a name in `runs`, or with "" the last one. ValueError, with what there is."""
-    there = sorted(path.parent for path in runs.glob(f"*/{ledger.NAME}"))
+    """The folder of run `asked`: a path, a name in `runs`, or with "" the last one. ValueError, with what there is.
+
+    Runs that `merge` made are passed over, unless asked for.
+    """
+    there = _unmerged(runs)
     if not asked:
-        if not there:
+        if not (last := next(there, None)):
             raise ValueError(f"--resume: there is no run in {runs}")
-        return there[-1]
+        return last
     for folder in (runs / asked, Path(asked).resolve()):
         if (folder / ledger.NAME).is_file():
             return folder
-    last = ", ".join(path.name for path in there[-3:]) or "none"
+    last = ", ".join(path.name for path in [*islice(there, 3)][::-1]) or "none"
     raise ValueError(f"--resume {asked}: no run with a {ledger.NAME} there; the last ones in {runs}: {last}")
 
 
 def read_chosen(run_dir: Path) -> Chosen:
-    """What the run in `run_dir` was asked for. ValueError when its ledger does not say."""
+    """What the run in `run_dir` was asked for. ValueError when its ledger does not say, or was merged."""
     try:
-        events, _ = ledger.read(run_dir / ledger.NAME)
-        start = next(event for event in events if event["event"] == "run-start")
-        return Chosen.model_validate(start["chosen"])
+        start = _start(run_dir)
+        if "merged" not in start:
+            return Chosen.model_validate(start["chosen"])
     except (OSError, StopIteration, KeyError, ValidationError) as problem:
         raise ValueError(f"--resume: {run_dir / ledger.NAME} does not say which cells it was asked for") from problem
+    raise ValueError(
+        f"--resume: {run_dir} was made by merge and has no cells of its own to run; continue the run that was cut off, "
+        "by --resume RUN, and merge again"
+    )
+
+
+def _unmerged(runs: Path) -> Iterator[Path]:
+    """The folders of runs in `runs`, the last one first, but for those that `merge` made."""
+    for path in sorted(runs.glob(f"*/{ledger.NAME}"), reverse=True):
+        try:
+            merged = "merged" in _start(path.parent)
+        except (OSError, RecursionError, StopIteration):
+            merged = False
+        if not merged:
+            yield path.parent
+
+
+def _start(run_dir: Path) -> dict:
+    events, _ = ledger.read(run_dir / ledger.NAME)
+    return next(event for event in events if event["event"] == "run-start")

@@ -156,9 +156,9 @@ def on_one_gpu(cell: Cell) -> Cell:
     """
     if cell.hardware == "cpu" or cell.tp == 1 or CUDA_GRAPHS in dict(cell.serve):
         return cell
-    serve = tuple((name, value) for name, value in cell.serve if name != "enforce-eager")
-    helix = tuple((name, value) for name, value in cell.helix if name != SHARE_GPU)
-    return cell.model_copy(update={"serve": (*serve, ("enforce-eager", True)), "helix": (*helix, (SHARE_GPU, True))})
+    serve = {**dict(cell.serve), "enforce-eager": True}  # an option that is there keeps its place
+    helix = {**dict(cell.helix), SHARE_GPU: True}
+    return cell.model_copy(update={"serve": tuple(serve.items()), "helix": tuple(helix.items())})
 
 
 def baseline_of(cell: Cell) -> Cell | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from harness import ledger
 from harness.frozen import content_hash
 from harness.merge.join import Joined, join
-from harness.merge.mixes import KINDS, lost_shards, mixes
-from harness.merge.source import NothingToMerge, Source, find_sources
+from harness.merge.mixes import KINDS, lost_shards, mixes, uncoded
+from harness.merge.source import NothingToMerge, Source, few, find_sources
 from harness.plain import clean, plural
 from harness.suite import REPORTS
 from harness.verdict import exit_status
@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         return _complain(f"cannot write into {folder}: {why}; name a new folder that can be made: --into DIR")
     print(f"merged {', '.join(source.name for source in sources)}")
     print("\n".join(f"allowed: {mix.sentence}" for mix in found), end="\n" if found else "")
+    if unknown := uncoded(sources):
+        print(f"code not recorded in {few(unknown)}")
     lost = lost_shards(sources)
     print("\n".join([*joined.lines(), *(f"  shard {shard} is missing" for shard in lost)]))
     print(f"report: {page}")
@@ -87,6 +89,7 @@ def _events(sources: Sequence[Source], joined: Joined, folder: Path) -> list[dic
         "argv": ["merge", *(str(source.folder) for source in sources)], "chosen": {},
         "merged": [source.name for source in sources],
         "asked": [source.chosen and source.chosen.model_dump(mode="json") for source in sources],
+        "codes": [list(source.codes) for source in sources],
         "time": sources[-1].started or ledger.now(),
     }  # fmt: skip
     attempts = [event for source in sources for event in source.attempts]

@@ -2,8 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
+from harness.cell import Cell
 from harness.frozen import content_hash
 from harness.merge.source import Source, few
 from harness.plain import plural
@@ -45,18 +47,31 @@ def _suites_of(source: Source) -> str:
 
 
 def _cells(sources: Sequence[Source]) -> Iterator[Mix]:
-    """The same name must mean the same cell, of which the same is expected."""
-    for word, value in (
-        ("of other cells", lambda one: one.cell.key),
-        ("declared otherwise", lambda one: one.declared),
-    ):
-        found = defaultdict(set)
-        for source in sources:
-            for record in source.last:
-                found[record.result.cell.id].add(value(record.result))
-        names = sorted(cell_id for cell_id, values in found.items() if len(values) > 1)
-        if names:
-            yield Mix("suites", f"{plural(len(names), 'name')} {word} in different runs: {few(names)}")
+    """The same id must mean the same cell, of which the same is expected."""
+    cells, declared = defaultdict(list), defaultdict(set)
+    for source in sources:
+        for record in source.last:
+            cells[record.result.cell.id].append(record.result.cell)
+            declared[record.result.cell.id].add(record.result.declared)
+    if differs := {cell_id: parts for cell_id, found in cells.items() if (parts := _differing(found))}:
+        parts = sorted(set().union(*differs.values()))
+        what = f"{', '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}"
+        stand = f"{plural(len(differs), 'id')} {'stands' if len(differs) == 1 else 'stand'}"
+        yield Mix("suites", f"{stand} for different cells ({what}): {few(sorted(differs))}")
+    if names := sorted(cell_id for cell_id, found in declared.items() if len(found) > 1):
+        yield Mix("suites", f"{plural(len(names), 'name')} declared otherwise in different runs: {few(names)}")
+
+
+def _differing(cells: Sequence[Cell]) -> set[str]:
+    """The fields of the key that are not the same in all. The order of serve options is none: ledgers of shared GPUs
+    have `enforce-eager` last."""
+    first, *others = ({**dict(cell), "serve": tuple(sorted(cell.serve, key=itemgetter(0)))} for cell in cells)
+    return {
+        name
+        for other in others
+        for name, value in other.items()
+        if name not in ("expect", "why") and repr(value) != repr(first[name])
+    }
 
 
 def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
@@ -85,11 +100,18 @@ def _versions(sources: Sequence[Source]) -> Iterator[Mix]:
 def _code(sources: Sequence[Source]) -> Iterator[Mix]:
     found = defaultdict(list)
     for source in sources:
-        if source.code:
-            found[source.code].append(source.name)
+        for code in filter(None, source.codes):
+            found[code].append(source.name)
     if len(found) > 1:
         told = "; ".join(f"{code} in {', '.join(names)}" for code, names in found.items())
         yield Mix("code", f"the runs ran different code of this repository: {told}")
+
+
+def uncoded(sources: Sequence[Source]) -> list[str]:
+    """Those of `sources` whose ledgers do not say what code ran, so that it is compared with none."""
+    return [
+        source.name if source.codes == ("",) else f"a part of {source.name}" for source in sources if "" in source.codes
+    ]
 
 
 def lost_shards(sources: Sequence[Source]) -> list[str]:

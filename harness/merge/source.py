@@ -29,7 +29,8 @@ class Record(Frozen):
 
 class Source(Frozen):
     """`name`: its folder's, with the path where several are called so; `run`: what it calls itself. `planned`: ids in
-    order; `expected`: those of all shards. `chosen` and `setting` are empty in old ledgers."""
+    order; `expected`: those of all shards. `chosen` is empty in old ledgers. `codes`: of the code that gave results;
+    several where the run was merged or resumed, and "" for what is not recorded."""
 
     folder: Path
     name: str
@@ -38,7 +39,7 @@ class Source(Frozen):
     hardware: tuple[str, ...]
     planned: tuple[str, ...]
     chosen: Chosen | None
-    code: str
+    codes: tuple[str, ...]
     records: dict[str, tuple[Record, ...]]  # by cell id, in order
     attempts: tuple[dict, ...]
     models: tuple[dict, ...]
@@ -106,7 +107,10 @@ def load(folder: Path) -> Source:
     for start in starts:
         planned |= dict.fromkeys(map(str, _list(start, "planned")))
     records: dict[str, list[Record]] = {}
+    codes, running = {}, [""]
     for number, event in enumerate(events, start=1):
+        if event["event"] == "run-start":
+            running = _codes(event)
         if event["event"] != "result":
             continue
         try:
@@ -116,6 +120,7 @@ def load(folder: Path) -> Source:
             continue
         record = Record(event=event, result=result, asked=str(event.get("key") or ""))
         records.setdefault(result.cell.id, []).append(record)
+        codes |= dict.fromkeys(running)
     if not starts and not records:
         why = f"; not readable: {few(unread)}" if unread else ""
         raise NothingToMerge(
@@ -123,7 +128,6 @@ def load(folder: Path) -> Source:
             "Leave it out, or name the folder of a run"
         )
     first = starts[0] if starts else {}
-    setting = first.get("setting")
     models = next((_list(event, "models") for event in reversed(events) if event["event"] == "models"), [])
     return Source(
         folder=folder,
@@ -133,7 +137,7 @@ def load(folder: Path) -> Source:
         hardware=tuple(map(str, _list(first, "hardware"))),
         planned=tuple(planned or records),
         chosen=_chosen(first),
-        code=str(setting.get("code") or "") if isinstance(setting, dict) else "",
+        codes=tuple(codes),
         records={cell_id: tuple(found) for cell_id, found in records.items()},
         attempts=tuple(event for event in events if event["event"] == "attempt"),
         models=tuple(model for model in models if isinstance(model, dict)),
@@ -146,6 +150,14 @@ def _chosen(start: dict) -> Chosen | None:
         return Chosen.model_validate(start["chosen"]) if start.get("chosen") else None
     except ValidationError:
         return None
+
+
+def _codes(start: dict) -> list[str]:
+    """Of the run that begins so; of a merged one, those of its runs. "" is one that is not recorded."""
+    if "codes" in start:
+        return [str(code) for codes in _list(start, "codes") if isinstance(codes, list) for code in codes]
+    setting = start.get("setting")
+    return [str(setting.get("code") or "") if isinstance(setting, dict) else ""]
 
 
 def _list(event: dict, field: str) -> list:

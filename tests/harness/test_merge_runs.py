@@ -7,7 +7,7 @@ import pytest
 
 from harness import cli
 from harness.cell import Cell, Mode
-from harness.chosen import Chosen
+from harness.chosen import Chosen, find_run
 from harness.ledger import Ledger
 from harness.report.run import load
 from harness.result import CellResult
@@ -118,8 +118,10 @@ def test_of_nights_the_latest_judged_counts_and_the_earlier_stay_in_the_history(
         ("suites", "asked for different cells: s (a); t (b)",
          {"results": [result(OTHER)], "chosen": Chosen(suites=("t",))}),
         ("suites", "1 name declared otherwise in different runs", {"results": [result(HELIX, declared=Verdict.XFAIL)]}),
-        ("suites", "1 name of other cells in different runs",
+        ("suites", "1 id stands for different cells (env differs): hopper/",
          {"results": [result(HELIX.model_copy(update={"env": (("A", "1"),)}))]}),
+        ("suites", "1 id stands for different cells (env, serve differ): hopper/",
+         {"results": [result(HELIX.model_copy(update={"env": (("A", "1"),), "serve": (("seed", 0),)}))]}),
         ("code", "different code of this repository: c in a; d in b", {"results": [result(OTHER)], "code": "d"}),
     ],
 )  # fmt: skip
@@ -130,6 +132,62 @@ def test_mixes_that_mislead_are_refused_unless_told(tmp_path, merged, kind, says
     assert status == 2 and says in told and f"--allow {kind}" in told and not (tmp_path / "merged").exists()
     status, _, told = merged(first, other, allow=[kind])
     assert status in (0, 1) and f"allowed: {'1 name' if '1 name' in says else ''}" in told and says in told
+
+
+def test_serve_options_in_another_order_are_the_same_cell(tmp_path, merged):
+    """`--share-gpu` moved `enforce-eager` to the end once."""
+    serve = (("enforce-eager", True), ("gpu-memory-utilization", 0.1))
+    first = run_of(tmp_path / "a", [result(HELIX.model_copy(update={"serve": serve}))])
+    second = run_of(tmp_path / "b", [result(HELIX.model_copy(update={"serve": serve[::-1]}))])
+    status, run, told = merged(first, second)
+    assert status == 0 and len(run.results) == 1 and "allowed" not in told
+
+
+def test_a_merged_run_keeps_the_code_of_its_runs(tmp_path, merged):
+    apart = [run_of(tmp_path / name, [result(cell)], code=name) for name, cell in (("c", HELIX), ("d", OTHER))]
+    alone = []
+    for run in apart:
+        alone.append(tmp_path / f"{run.name}-alone")
+        assert cli.main(["merge", str(run), "--into", str(alone[-1])]) == 0
+    status, _, told = merged(*alone)
+    assert status == 2 and "different code of this repository: c in c-alone; d in d-alone" in told
+    assert merged(*alone, allow=["code"])[0] == 0
+    assert cli.main(["merge", str(tmp_path / "merged"), str(apart[0]), "--into", str(tmp_path / "more")]) == 2
+
+
+def test_a_run_that_was_continued_with_other_code_has_both(tmp_path, merged):
+    first = run_of(tmp_path / "a", [result(HELIX)], code="c")
+    run_of(first, [], [HELIX.id], code="lost before any result")
+    run_of(first, [result(HELIX)], code="d")
+    status, _, told = merged(first)
+    assert status == 2 and "this repository: c in a; d in a (--allow code)" in told
+
+
+def test_code_that_is_not_recorded_is_said_and_stays_so(tmp_path, merged, capsys):
+    known, unknown = run_of(tmp_path / "a", [result(HELIX)]), run_of(tmp_path / "b", [result(OTHER)], code="")
+    planned = run_of(tmp_path / "plan", [], [HELIX.id], code="")  # ran nothing
+    status, _, told = merged(known, unknown, planned)
+    assert status == 0 and "code not recorded in b\n" in told
+    assert cli.main(["merge", str(tmp_path / "merged"), "--into", str(tmp_path / "more")]) == 0
+    assert "code not recorded in a part of merged\n" in capsys.readouterr().out
+
+
+def test_a_ledger_that_was_merged_before_codes_were_kept_is_said(merged):
+    assert "code not recorded in 2026-11-26-h200\n" in merged(ROOT / "reports" / "2026-11-26-h200")[2]
+
+
+def test_a_merged_run_is_not_resumed(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(cli, "RUNS", runs)
+    first = run_of(runs / "1", [result(HELIX)])
+    assert cli.main(["merge", str(first), "--into", str(runs / "2-merged")]) == 0
+    assert find_run("", runs) == first
+    capsys.readouterr()
+    assert cli.main(["--resume", "2-merged"], found=lambda: []) == 2
+    assert f"--resume: {runs / '2-merged'} was made by merge" in capsys.readouterr().err
+    (first / "ledger.ndjson").unlink()
+    with pytest.raises(ValueError, match="there is no run in"):
+        find_run("", runs)
 
 
 def test_a_version_sweep_is_no_mix(tmp_path, merged):
@@ -245,9 +303,11 @@ def test_a_cell_that_runs_skipped_although_they_had_its_hardware_keeps_their_rea
 
 def test_the_committed_cpu_and_h200_runs_are_one_matrix_with_both_columns(tmp_path, merged):
     """They were asked for other suites, which has to be allowed."""
-    runs = [ROOT / "reports" / name for name in ("2026-11-26-cpu", "2026-11-24-h200")]
-    assert merged(*runs)[0] == 2
-    _, run, _ = merged(*runs, allow=["suites"])
+    runs = [ROOT / "reports" / name for name in ("2026-11-26-cpu", "2026-11-26-h200")]
+    status, _, told = merged(*runs)
+    assert status == 2 and "asked for different cells" in told and "for different cells (" not in told
+    status, run, _ = merged(*runs, allow=["suites"])
+    assert status == 1  # as that of the H200 run
     judged = {one.cell.hardware for one in run.results if one.verdict not in ("skip", "error")}
     assert judged == {"cpu", "hopper"}
     summary = (tmp_path / "merged" / "summary.md").read_text().splitlines()

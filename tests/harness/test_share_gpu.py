@@ -32,13 +32,20 @@ def test_four_ranks_need_four_gpus_or_the_option(cell):
 
 
 def test_a_shared_cell_is_eager_and_says_so_in_its_id_and_command(cell):
-    shared = on_one_gpu(cell.model_copy(update={"serve": (("enforce-eager", True), ("dtype", "bfloat16"))}))
+    shared = on_one_gpu(cell.model_copy(update={"serve": (("dtype", "bfloat16"),)}))
     assert shared.id.endswith("/share_gpu=True")
     assert shared.serve == (("dtype", "bfloat16"), ("enforce-eager", True))
     assert json.loads(shared.serve_args()[-1]) == {"helix": {"share_gpu": True}}
     assert "--distributed-executor-backend mp" in " ".join(shared.serve_args())  # else vLLM looks for a Ray cluster
     assert on_one_gpu(shared) == shared
     assert shared.key != cell.key
+
+
+def test_options_keep_their_places_so_that_stock_references_are_the_same_cells(cell):
+    apart = cell.model_copy(update={"serve": (("enforce-eager", True), ("seed", 1)), "workload": "standard@4"})
+    shared = on_one_gpu(apart)
+    assert shared.serve == apart.serve
+    assert baseline_of(baseline_of(shared)).key == baseline_of(baseline_of(apart)).key
 
 
 def test_cpu_cells_and_single_ranks_stay_as_they_are(cell):
