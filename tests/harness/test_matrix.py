@@ -162,7 +162,7 @@ def test_what_the_plugin_refuses_on_cuda_is_declared_so():
     for backend, serve, why in (
         ("TRITON_ATTN", {"enforce-eager": True}, "with TRITON_ATTN on CUDA; allowed: --attention-backend FLASH_ATTN"),
         ("auto", {"enforce-eager": True}, "with the backend that vLLM would choose"),
-        ("FLASH_ATTN", {}, "add --enforce-eager (to validate them there is the helix option unproved_cuda_graphs)"),
+        ("FLASH_ATTN", {}, "shown on two GPUs only, so with TPA 1; add --enforce-eager"),
     ):
         (item,) = expand([suite(hardware="hopper", backend=backend, model=model, serve=serve)], [hopper(8)])
         assert item.declared is Verdict.REJECTED and why in item.declared_why and why in item.refusal
