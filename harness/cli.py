@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from textwrap import fill, indent
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness import listing, pytest_front
@@ -64,6 +65,9 @@ SUBCOMMANDS: dict[str, str] = {
     "starts": "harness.starts:main",
     "surface": "harness.surface:main",
 }
+
+_COMMANDS = ", ".join(["run", *SUBCOMMANDS])
+_LISTED = f"\ncommands, each with its own --help:\n{indent(fill(_COMMANDS, 100), '  ')}\n"
 
 
 class UsageError(ValueError):
@@ -136,6 +140,8 @@ def main(argv: Sequence[str] | None = None, found: Callable[[], list[Hardware]] 
     if argv and argv[0] in SUBCOMMANDS:
         module, _, function = SUBCOMMANDS[argv[0]].partition(":")
         return getattr(importlib.import_module(module), function)(argv[1:])
+    if argv and argv[0] != "run" and not argv[0].startswith("-"):
+        return _complain(f"no command {argv[0]!r}; allowed: {_COMMANDS}")
     if argv[:1] == ["run"]:  # what is done with chosen cells anyway
         argv = argv[1:]
     parser = make_parser()
@@ -163,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="test_helix.sh",
         description="Real vLLM servers with and without Helix, each compared with standard TP; draws the matrix.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + _LISTED,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

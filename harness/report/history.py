@@ -31,6 +31,7 @@ _TRACKS = """
     SELECT id,
         list(place ORDER BY place) AS places,
         list(verdict ORDER BY place) AS verdicts,
+        arg_max(declared, place) AS declared,
         any_value(last_good) AS last_good,
         min(place) FILTER (effect = 'differs' AND verdict <> 'xpass' AND place > coalesce(last_good, -1)) AS first_bad,
         min(place) FILTER (verdict = 'xpass' AND place > coalesce(last_good, -1)) AS gone,
@@ -53,6 +54,7 @@ class Track(Frozen):
     id: str
     name: Name = Field(exclude=True)
     verdicts: tuple[tuple[int, Verdict], ...]  # (run, verdict), oldest first; only runs that had the cell
+    declared: Verdict  # in its last run
     last_good: int | None
     first_bad: int | None
     gone: int | None
@@ -92,13 +94,14 @@ def tracks(runs: Sequence[Stored], glob: str = "*") -> History:
             id=cell_id,
             name=name_of(cell_id, **named),
             verdicts=tuple((place, Verdict(word)) for place, word in zip(places, verdicts, strict=True)),
+            declared=Verdict(declared),
             last_good=last_good,
             first_bad=first_bad,
             gone=gone,
             changed=kinds > 1,
             suites=tuple((suites or "").split()),
         )
-        for cell_id, places, verdicts, last_good, first_bad, gone, kinds, named, suites in rows
+        for cell_id, places, verdicts, declared, last_good, first_bad, gone, kinds, named, suites in rows
     }
     return History(runs=tuple(runs), tracks=found)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,14 @@ def test_a_bare_call_prints_help(call):
     for option in ("--all", "--list", "--suite", "--cell", "--dry-run", "--jobs", "--runtime", "--unit", "--nightly"):
         assert option in out
     assert "examples:" in out
+
+
+def test_the_help_and_the_error_name_every_command(call):
+    _, out, _ = call()
+    status, _, err = call("frobnicate")
+    assert status == 2 and "no command 'frobnicate'" in err
+    for command in ("run", *cli.SUBCOMMANDS):
+        assert re.search(rf"^  .*\b{command}\b", out.partition("commands, each")[2], re.M) and f" {command}" in err
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_an_issue_is_opened_updated_and_closed(tmp_path, gh, capsys):
     nights(folder, "pass", "fail")
     assert said(folder) == 0
     (issue,) = gh()
-    assert "| ✗ fail | 2026\\-11\\-02 | 2026\\-11\\-01 |" in issue["body"] and "pass → **fail**" in issue["body"]
+    assert "| pass | ✗ fail | 2026\\-11\\-02 | 2026\\-11\\-01 |" in issue["body"] and "pass → **fail**" in issue["body"]
     nights(folder, "pass", "fail", "fail")  # nothing moved: the same issue, no comment
     assert said(folder) == 0 and len(gh()) == 1 and gh()[0]["comments"] == []
     nights(folder, "pass", "fail", "fail", "unproven")
@@ -99,6 +99,46 @@ def test_an_issue_is_opened_updated_and_closed(tmp_path, gh, capsys):
     assert not issue["open"] and "unproven → **pass**" in issue["comments"][1]
     nights(folder, "pass", "fail", "fail", "unproven", "pass", "fail")
     assert said(folder) == 0 and [one["open"] for one in gh()] == [False, True]
+
+
+def test_a_pass_that_is_bad_says_what_was_declared(tmp_path):
+    defect = CELL.model_copy(update={"fault": "lse-base-2"})
+    told = examples.result(defect, "pass", "r").model_copy(update={"declared": Verdict.FAIL})
+    night(tmp_path, "2026-11-01", {})
+    with (tmp_path / "2026-11-01" / "ledger.ndjson").open("a") as ledger:
+        ledger.write(json.dumps({"event": "result", "result": told.model_dump(mode="json")}) + "\n")
+    news = news_of(tracks(find_runs(tmp_path)))
+    assert "| cell | declared | verdict | first bad | last good |" in news.body
+    assert "| fail | ✓ pass | " in news.body and "new → **pass** (declared fail)" in news.comment
+
+
+ASKED = "vLLM 0.33.1.dev{}: {} of 30 hooked callables are as the plugin needs them\n"
+GONE = "✗ vllm.a:Worker.run  (flag, any)\n    it is gone\n"
+
+
+def test_a_changed_surface_is_told_once_and_keeps_the_issue_open(tmp_path, gh):
+    folder = tmp_path / "nights"
+
+    def a_night(day: int, surface: str = "") -> None:
+        nights(folder, *["pass"] * day)
+        if surface:
+            (folder / f"2026-11-{day:02d}" / "surface.txt").write_text(surface)
+        assert said(folder) == 0
+
+    a_night(1, ASKED.format(1, 30))
+    assert gh() == []
+    a_night(2, GONE + ASKED.format(2, 29))
+    (issue,) = gh()
+    assert issue["open"] and GONE in issue["body"] and "read in 2026\\-11\\-02" in issue["body"]
+    a_night(3, GONE + ASKED.format(3, 29))  # another build, the same change
+    a_night(4)  # no answer
+    (issue,) = gh()
+    assert issue["open"] and issue["comments"] == [] and "0.33.1.dev3" in issue["body"]
+    a_night(5, GONE.replace("it is gone", "new: x") + ASKED.format(5, 29))
+    assert "new: x" in gh()[0]["comments"][0]
+    a_night(6, ASKED.format(6, 30))
+    (issue,) = gh()
+    assert not issue["open"] and "30 of 30" in issue["comments"][1]
 
 
 CELL = examples.cell("helix-gqa", "CPU_ATTN", "cpu", examples.TINY, 4, 2)
@@ -117,7 +157,7 @@ def test_a_bad_cell_that_is_planned_no_longer_is_told_apart_and_keeps_nothing_op
     (issue,) = gh()
     before, _, after = issue["body"].partition("### Planned no longer: 1 cell, bad when last run")
     assert not issue["open"] and "0 cells not as declared" in before and "interleave" not in before
-    assert "| ✗ fail | 2026\\-11\\-01 | 2026\\-11\\-02 |" in after
+    assert "| pass | ✗ fail | 2026\\-11\\-01 | 2026\\-11\\-02 |" in after
     night(nights, "2026-11-03", {CELL: "fail"}, **start)  # back again
     assert [track.id for track in news_of(tracks(find_runs(nights))).bad] == [CELL.id]
 
@@ -152,10 +192,11 @@ def test_cells_that_share_a_gpu_are_other_cells(tmp_path):
 
 
 def test_the_committed_evidence_has_one_bad_cell_that_is_still_planned():
-    """A defect that is declared not to show since. The two of 2026-11-24-h200 have other options since."""
+    """A defect that could not show, which that run declared caught and suites/faults.yaml no longer does. The two of
+    2026-11-24-h200 have other options since."""
     news = news_of(tracks(find_runs(ROOT / "reports")))
-    bad = [track.id.rpartition("/")[2] for track in news.bad if "h128" in track.id]
-    assert bad == ["fault=lse-base-2:prefill"] and len(news.left) == 2
+    (bad,) = (track for track in news.bad if "h128" in track.id)
+    assert bad.id.endswith("/fault=lse-base-2:prefill") and bad.declared is Verdict.FAIL and len(news.left) == 2
     assert {news.history.runs[without].name for _, without in news.left} == {"2026-11-26-h200"}
 
 
