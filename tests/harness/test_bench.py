@@ -239,13 +239,15 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, fakes):
     assert sides.started == [] and len(generator.ran) == 8, "nothing is left to do, so nothing is started"
 
 
+def on_gpus(share: float) -> dict:
+    """The measured pair on GPUs, of which each takes `share`."""
+    serve = (("gpu-memory-utilization", share), ("kv-cache-memory-bytes", 2**30))
+    pair = {CELL: HELIX, BASELINE: BASE}
+    return {side: cell.model_copy(update={"hardware": "hopper", "serve": serve}) for side, cell in pair.items()}
+
+
 @pytest.mark.parametrize(("share", "at_once"), [(0.45, 2), (0.9, 1)])
 def test_on_gpus_both_stay_up_where_they_leave_room_for_each_other(tmp_path, monkeypatch, share, at_once):
-    serve = (("gpu-memory-utilization", share), ("kv-cache-memory-bytes", 2**30))
-    cells = {
-        side: cell.model_copy(update={"hardware": "hopper", "serve": serve})
-        for side, cell in ((CELL, HELIX), (BASELINE, BASE))
-    }
     up, most, meet = [], [], threading.Barrier(at_once)
 
     def start(self, side):
@@ -256,18 +258,13 @@ def test_on_gpus_both_stay_up_where_they_leave_room_for_each_other(tmp_path, mon
 
     monkeypatch.setattr(Sides, "_start", start)
     host = Host(Room(gpus=tuple(f"GPU-{number}" for number in range(4)), cores=8))
-    with Sides(cells, tmp_path, Where(threading.Event(), host=host)) as sides:
+    with Sides(on_gpus(share), tmp_path, Where(threading.Event(), host=host)) as sides:
         assert [sides.need(side) and len(up) for side in (CELL, BASELINE)] == [at_once, at_once]
         assert host.take(Need(gpus=1, share=0.05)) is None, "measured cells are alone on their GPUs"
     assert up == [] and max(most) == at_once
 
 
 def test_where_one_of_two_does_not_start_the_other_is_stopped(tmp_path, monkeypatch):
-    serve = (("gpu-memory-utilization", 0.4), ("kv-cache-memory-bytes", 2**30))
-    cells = {
-        side: cell.model_copy(update={"hardware": "hopper", "serve": serve})
-        for side, cell in ((CELL, HELIX), (BASELINE, BASE))
-    }
     up, meet = [], threading.Barrier(2)
 
     def start(self, side):
@@ -281,7 +278,7 @@ def test_where_one_of_two_does_not_start_the_other_is_stopped(tmp_path, monkeypa
     host = Host(Room(gpus=tuple(f"GPU-{number}" for number in range(4)), cores=8))
     with (
         pytest.raises(ServerFailed, match="a rule"),
-        Sides(cells, tmp_path, Where(threading.Event(), host=host)) as sides,
+        Sides(on_gpus(0.4), tmp_path, Where(threading.Event(), host=host)) as sides,
     ):
         sides.need(BASELINE)
     assert up == []
