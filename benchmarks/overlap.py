@@ -117,7 +117,7 @@ def measure(case: Attention, results: Results) -> None:
     for splits, took in found.items():
         params = {"batch": case.batch, "local_tokens": case.tokens, "splits": splits}
         extra = {"case": case.name, "fastest": splits == fastest}
-        results.add(Record("alone/attention", params, case.bytes, case.flops, took.median, took.low, took.high, extra))
+        results.add(Record("overlap/attention", params, case.bytes, case.flops, took.median, took.low, took.high, extra))
     source = torch.zeros(128 << 20, dtype=torch.int32, device="cuda")  # 512 MB
     target = torch.empty_like(source)
     for programs in PROGRAMS:
@@ -209,7 +209,7 @@ def table(results: Results) -> str:
     groups: dict[tuple, list[Record]] = {}
     order = {case.name: number for number, case in enumerate(CASES)}
     ordered = sorted(
-        (record for record in results.records if record.name.startswith("overlap/")),
+        (record for record in results.records if record.name == "overlap/step"),
         key=lambda record: (
             -record.params["exchange_share"],
             order.get(record.extra["case"], 99),

@@ -25,7 +25,7 @@ def test_the_table_takes_the_best_cut_and_leaves_out_the_attention_alone(tmp_pat
                             ("flags 16, 64 splits", 16, 1100.0)):  # fmt: skip
         extra = {"case": "B64", "cut": name, "attention_us": 1000.0, "exchange_us": 500.0, "hidden": (1500 - us) / 500}
         results.add(Record("overlap/step", params | {"micro_batches": count}, 1, 1, us, us, us, extra))
-    results.add(Record("alone/attention", {"splits": 16}, 1, 1, 900.0, 900.0, 900.0, {"case": "B64"}))
+    results.add(Record("overlap/attention", {"splits": 16}, 1, 1, 900.0, 900.0, 900.0, {"case": "B64"}))
     lines = overlap.table(results).splitlines()
     assert len(lines) == 3
     assert "| flags 16, 64 splits | 1100.0 | 0.80 | 16, -26.7% | 8, -20.0% |" in lines[-1]
