@@ -1,9 +1,10 @@
 """HOP-B: the exchange of one micro-batch under the attention of the next.
 
-A decode batch is cut into micro-batches of requests. Attention runs them one after the other; as soon as one is done,
-its exchange runs beside the attention of the next, so that only the last exchange is exposed. Requests do not see each
-other in decode attention, so the result is the same numbers; it is the same bits where attention's own numerics do not
-depend on the batch around a row.
+A decode batch is cut into micro-batches of requests. As soon as the attention of one is done, its exchange runs beside
+the attention of the next, so that only the last exchange is exposed. Either each micro-batch is an attention of its own
+(`overlapped`), or one attention of the whole batch says which rows are done (`overlapped_once`). Requests do not see
+each other in decode attention, so the result is the same numbers; it is the same bits where attention's own numerics do
+not depend on the batch around a row.
 
 Source: Helix paper (arXiv 2507.07120), section 2.1.3.
 """
@@ -36,8 +37,12 @@ def micro_batches(requests: int, count: int, halvings: int = 0) -> list[slice]:
 class Lanes(Protocol):
     """Where exchanges run, in order, beside what the caller does next."""
 
-    def submit(self, exchange: Callable[[], None]) -> None:
-        """Start `exchange` once everything the caller has issued so far is done."""
+    def mark(self) -> object:
+        """This point in what the caller issues, for `submit`."""
+        ...
+
+    def submit(self, exchange: Callable[[], None], after: object = None) -> None:
+        """Start `exchange` once everything the caller has issued so far is done; or until `after`, a mark."""
         ...
 
     def join(self) -> None:
@@ -54,8 +59,11 @@ class StreamLanes:
     def __init__(self, device: torch.device | str):
         self.stream = torch.cuda.Stream(device, priority=-1)
 
-    def submit(self, exchange: Callable[[], None]) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.stream.device).record_event()
+
+    def submit(self, exchange: Callable[[], None], after: torch.cuda.Event | None = None) -> None:
+        self.stream.wait_event(after or self.mark())
         with torch.cuda.stream(self.stream):
             exchange()
 
@@ -70,7 +78,10 @@ class ThreadLanes:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="helix-exchange")
         self._pending: list[Future] = []
 
-    def submit(self, exchange: Callable[[], None]) -> None:
+    def mark(self) -> None:
+        """Nothing: the caller's work is done when it returns."""
+
+    def submit(self, exchange: Callable[[], None], after: None = None) -> None:
         self._pending.append(self._thread.submit(exchange))
 
     def join(self) -> None:
@@ -99,6 +110,35 @@ def overlapped(
         partial = attend(index, part)
         held.append(partial)  # allocated on the caller's stream, read on the other: not to be reused before the join
         lanes.submit(lambda index=index, part=part, partial=partial: exchange(index, part, partial))
+    lanes.join()
+    return None
+
+
+def overlapped_once(
+    slices: Sequence[slice],
+    attend: Callable[[], Partial],
+    exchange: Callable[[int, slice, Partial], None],
+    lanes: Lanes,
+) -> None:
+    """Attend the whole batch in one launch, the exchange of each slice as soon as its rows are done.
+
+    attend() starts the attention and returns its partial; exchange(index, slice, partial) waits for the rows of its
+    slice (`attention.completion`), then moves and merges them. Exchanges run one at a time and in order, so they agree
+    on every rank. One slice runs as if nothing overlapped. The partial's memory is held until all are joined. Where an
+    attend only returns when it is done, as on CPU, nothing is hidden.
+    """
+    if len(slices) == 1:
+        return exchange(0, slices[0], attend())
+
+    def exchanges():
+        for index, part in enumerate(slices):
+            exchange(index, part, partial)
+
+    # The second stream starts where the caller stands now, not behind the attention. The attention is still issued
+    # first: were both streams to share a hardware queue, a wait ahead of it would keep it from ever starting.
+    before = lanes.mark()
+    partial = attend()
+    lanes.submit(exchanges, before)
     lanes.join()
     return None
 

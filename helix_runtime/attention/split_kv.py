@@ -83,8 +83,13 @@ def gqa_runs(
     *,
     splits: int | None = None,
     launch: Launch | None = None,
+    done: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first half of `decode_gqa`: (part [T, splits, Hq, D], part_lse [T, splits, Hq]), fp32, for `join`."""
+    """The first half of `decode_gqa`: (part [T, splits, Hq, D], part_lse [T, splits, Hq]), fp32, for `join`.
+
+    done: `completion.counters` [T], each of which rises by splits * Hkv, so that rows can be joined while others are
+    still attended. The same bits with it and without.
+    """
     rows, heads, dim = query.shape
     kv_heads, page = keys.shape[2], keys.shape[1]
     group = heads // kv_heads
@@ -99,6 +104,7 @@ def gqa_runs(
         lengths,
         part,
         part_lse,
+        done,
         scale * math.log2(math.e),
         query.stride(0),
         query.stride(1),

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from helix_runtime.attention.completion import count_done
+
 
 @triton.jit
 def gqa_kernel(
@@ -19,6 +21,7 @@ def gqa_kernel(
     lengths_ptr,
     part_ptr,
     part_lse_ptr,
+    done_ptr,
     scale_log2,
     query_stride_t,
     query_stride_h,
@@ -38,7 +41,8 @@ def gqa_kernel(
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One run of keys for a KV head's GROUP query heads; part [T, splits, Hq, D] fp32, part_lse [T, splits, Hq]."""
+    """One run of keys for a KV head's GROUP query heads; part [T, splits, Hq, D] fp32, part_lse [T, splits, Hq].
+    done_ptr: None, or counters [T] of the programs that are done (`completion`)."""
     if PDL:
         gdc_launch_dependents()
     split = tl.program_id(0)
@@ -99,6 +103,8 @@ def gqa_kernel(
     at = (row * splits + split) * (KV_HEADS * GROUP) + kv_head * GROUP + head
     tl.store(part_ptr + at[:, None] * DIM + column[None, :], merged, mask=real[:, None])
     tl.store(part_lse_ptr + at, lse, mask=real)
+    if done_ptr is not None:
+        count_done(done_ptr, row)
 
 
 @triton.jit

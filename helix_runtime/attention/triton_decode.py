@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from helix_runtime.attention.completion import wait_for
 from helix_runtime.attention.split_kv import MLA_LAUNCH, Launch, decode_gqa, decode_mla, gqa_runs, join
 
 
@@ -34,15 +35,22 @@ class TritonDecode:
         options = {"splits": self.splits, "launch": self.launch, "out": outputs, "lse": lses}
         decode_gqa(query, keys, values, block_table, lengths, self.scale, **options)
 
-    def begin(self, query, kv_cache, block_table, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first of the two kernels: what `finish` joins, perhaps on another stream (HOP-B)."""
+    def begin(self, query, kv_cache, block_table, lengths, done=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first of the two kernels: what `finish` joins, perhaps on another stream (HOP-B). With `done`
+        (`completion.counters` [T]) rows [T] of it may be joined before the rest is attended: see `arrived`."""
         keys, values = kv_cache.unbind(1)
-        options = {"splits": self.splits, "launch": self.launch}
+        options = {"splits": self.splits, "launch": self.launch, "done": done}
         return gqa_runs(query, keys, values, block_table, lengths, self.scale, **options)
 
     def finish(self, parts: tuple[torch.Tensor, torch.Tensor], outputs: torch.Tensor, lses: torch.Tensor) -> None:
         """The second: into a send buffer, as `send`."""
         join(*parts, outputs.dtype, outputs, lses)
+
+    def arrived(self, parts, rows: slice, done: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of `rows`, for `finish`, once they are there: what follows on the current stream waits."""
+        part, part_lse = parts
+        wait_for(done[rows], part.shape[1] * kv_heads)
+        return part[rows], part_lse[rows]
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import below
 pytest.importorskip("triton", reason="our attention kernels need Triton; not installed")
 
-from helix_runtime.attention import dense_attention_fp64, device, split_kv, split_kv_code, triton_decode  # noqa: E402
+from helix_runtime.attention import completion, dense_attention_fp64, device, split_kv, split_kv_code, triton_decode  # noqa: E402
 from helix_runtime.attention.libraries import BackendAbsent  # noqa: E402
 from helix_runtime.combine.merge import merge_partials  # noqa: E402
 from helix_runtime.combine.workspace import PackedLayout  # noqa: E402
 from helix_runtime.sharding import global_positions, local_length  # noqa: E402
 
 if not GPU:
-    importlib.reload(split_kv_code)  # another test may have imported it for compilation
+    importlib.reload(completion)  # another test may have imported it for compilation
+    importlib.reload(split_kv_code)
     importlib.reload(split_kv)
     importlib.reload(triton_decode)
 

@@ -14,6 +14,7 @@ from helix_runtime.overlap import (
     micro_batch_count,
     micro_batches,
     overlapped,
+    overlapped_once,
     predicted_us,
 )
 
@@ -86,6 +87,44 @@ def test_one_micro_batch_uses_no_second_lane():
         [slice(0, 4)], lambda i, part: "p", lambda i, part, partial: seen.append((i, part, partial)), Forbidden()
     )
     assert seen == [(0, slice(0, 4), "p")]
+
+
+def test_one_attention_is_issued_before_the_exchanges_which_start_from_before_it():
+    class Log:
+        def mark(self):
+            log.append("mark")
+            return "here"
+
+        def submit(self, exchange, after=None):
+            log.append(f"submit after {after}")
+            exchange()
+
+        def join(self):
+            log.append("join")
+
+    log = []
+    overlapped_once(
+        micro_batches(3, 2),
+        lambda: log.append("attend") or "partial",
+        lambda index, part, partial: log.append((index, part, partial)),
+        Log(),
+    )
+    exchanges = [(0, slice(0, 2), "partial"), (1, slice(2, 3), "partial")]
+    assert log == ["mark", "attend", "submit after here", *exchanges, "join"]
+
+
+def test_one_attention_with_one_exchange_uses_no_second_lane():
+    seen = []
+    overlapped_once([slice(0, 4)], lambda: "p", lambda *given: seen.append(given), lanes=None)
+    assert seen == [(0, slice(0, 4), "p")]
+
+
+def test_what_an_exchange_of_one_attention_raises_reaches_the_caller():
+    def fails(index, part, partial):
+        raise ConnectionError("peer left")
+
+    with pytest.raises(ConnectionError, match="peer left"):
+        overlapped_once(micro_batches(4, 2), lambda: None, fails, ThreadLanes())
 
 
 def test_the_prediction_by_hand():
