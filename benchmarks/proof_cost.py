@@ -3,9 +3,9 @@
     python -m benchmarks.proof_cost [--json FILE]                   the counters alone, in µs; needs torch and CUDA
     python -m benchmarks.proof_cost --model MODEL --tp 2 --dcp 2    steps of a real engine, with and without
 
-The first times what a step adds: one addition a layer inside a CUDA graph (against the same graph without), and the
-counting of tokens outside it, on the device and on the host that launches it. The second starts vLLM with the proof and
-without it, in turns, decodes the same tokens, and compares the time of a step.
+The first times what a step adds: the addition inside a CUDA graph, one whatever the number of layers (against the same
+graph without), and the counting of tokens outside it, on the device and on the host that launches it. The second starts
+vLLM with the proof and without it, in turns, decodes the same tokens, and compares the time of a step.
 """
 
 import argparse
@@ -23,7 +23,10 @@ TARGET = 0.01
 
 
 def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) -> dict:
-    """Medians in µs: `graph`, a replay's additions; `tokens_device` and `tokens_host`, counting tokens once a step."""
+    """Medians in µs: `graph`, a replay's addition; `tokens_device` and `tokens_host`, counting tokens once a step.
+
+    Both on the device are queued behind other work.
+    """
     import torch
 
     from helix_runtime.proof import ProofWriter
@@ -34,7 +37,7 @@ def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) 
     work = torch.zeros(1024, device="cuda")
 
     def graph_of(counted: bool) -> torch.cuda.CUDAGraph:
-        # One small kernel a layer stands for the rest of it, so that the additions are not the whole graph.
+        # One small kernel a layer stands for the rest of it, so that the addition is not the whole graph.
         made = torch.cuda.CUDAGraph()
         with torch.cuda.graph(made):
             for _ in range(layers):
@@ -44,7 +47,8 @@ def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) 
         return made
 
     with_proof, without = graph_of(True), graph_of(False)
-    added = [_device_us(with_proof.replay) - _device_us(without.replay) for _ in range(rounds)]
+    counters.flush()
+    added = [_device_us(with_proof.replay, True) - _device_us(without.replay, True) for _ in range(rounds)]
     counters.reset()
     torch.cuda.synchronize()
     with_proof.replay()

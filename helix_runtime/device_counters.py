@@ -1,39 +1,78 @@
 """Counters that live on the device, for work that Python does not see: the replays of a captured CUDA graph.
 
 Python runs once, when a graph is captured, and never when it is replayed. An addition to a tensor is captured with the
-rest and runs with every replay. Nothing waits for the device: a thread copies the counters out from time to time.
+rest and runs with every replay: one a graph, of all that its layers count (`graph_tally.py`). Nothing waits for the
+device: a thread copies the counters out from time to time.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
+
+from helix_runtime.capture_id import current_capture
+from helix_runtime.graph_tally import GRAPHS, GraphTallies
 
 
 class DeviceCounters:
     """int64 counters by name in one tensor on `device`.
 
     `together`: names that are bumped at once, by one kernel; their increments are made now, because nothing may be
-    allocated while a graph is captured.
+    allocated while a graph is captured. `capture_id`: the number of the capture that goes on, or None; by default what
+    the CUDA driver says. Call `flush` after captures, before the first replay that shall count.
     """
 
-    def __init__(self, device: torch.device | str, names: Sequence[str], together: Sequence[tuple[str, ...]] = ()):
+    def __init__(
+        self,
+        device: torch.device | str,
+        names: Sequence[str],
+        together: Sequence[tuple[str, ...]] = (),
+        capture_id: Callable[[], int | None] | None = None,
+    ):
         self.names = tuple(names)
         self.values = torch.zeros(len(self.names), dtype=torch.int64, device=device)
         self.step = torch.zeros_like(self.values)
         self.follows = False  # whether a graph adds `step`
         self._index = {name: index for index, name in enumerate(self.names)}
-        self._increments = {key: self._increment(key) for key in (*((name,) for name in self.names), *together)}
+        self._on_host = {key: self._increment(key) for key in (*((name,) for name in self.names), *together)}
+        self._increments = {key: torch.from_numpy(value).to(device) for key, value in self._on_host.items()}
+        if capture_id is None:
+            capture_id = current_capture if self.values.is_cuda else _no_capture
+        self._graphs = GraphTallies(device, len(self.names), capture_id, GRAPHS)
 
     def bump(self, *names: str) -> None:
-        """Add 1 to each of `names`, which is one of `together` or one name: one addition on the current stream."""
-        self.values.add_(self._increments[names])
+        """Add 1 to each of `names`, which is one of `together` or one name.
+
+        One addition on the current stream; while a graph is captured, one for all calls.
+        """
+        increment = self._increments[names]
+        graph = self._graphs.current()
+        if graph is None:
+            self.values.add_(increment)
+            return
+        if not graph.counts.any():
+            self.values.add_(graph.device_counts)
+        graph.counts[:] += self._on_host[names]
 
     def bump_step(self) -> None:
-        """Add what `set_step` last said: for a captured graph that is replayed for steps of several kinds."""
+        """Add what `set_step` last said: for a captured graph that is replayed for steps of several kinds.
+
+        While a graph is captured, one addition for all calls.
+        """
         self.follows = True
-        self.values.add_(self.step)
+        graph = self._graphs.current()
+        if graph is None:
+            self.values.add_(self.step)
+            return
+        if not graph.steps.any():
+            self.values.addcmul_(self.step, graph.device_steps)
+        graph.steps[:] += 1
+
+    def flush(self) -> None:
+        """Let replays of the graphs captured so far count. Costs nothing where none is new; not during a capture."""
+        self._graphs.flush()
 
     def set_step(self, which: torch.Tensor, yes: tuple[str, ...], no: tuple[str, ...]) -> None:
         """`bump_step` adds 1 to each of `yes` where `which` (one bool on the device) holds, else to each of `no`."""
@@ -52,8 +91,12 @@ class DeviceCounters:
         with torch.cuda.stream(torch.cuda.Stream(self.values.device)) if cuda else nullcontext():
             return self.values.tolist()
 
-    def _increment(self, names: tuple[str, ...]) -> torch.Tensor:
-        return torch.tensor([int(name in names) for name in self.names], dtype=torch.int64, device=self.values.device)
+    def _increment(self, names: tuple[str, ...]) -> np.ndarray:
+        return np.array([int(name in names) for name in self.names], dtype=np.int64)
+
+
+def _no_capture() -> None:
+    """There are no captures on a CPU."""
 
 
 class Publisher:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from helix_runtime.device_counters import DeviceCounters
@@ -134,11 +136,13 @@ class ProofWriter:
         if self.proof:
             self.identify(dataclasses.replace(self.proof, **changes))
 
-    def count_on(self, device: "torch.device") -> "DeviceCounters":
-        """Count on `device` from now on."""
+    def count_on(
+        self, device: "torch.device", capture_id: "Callable[[], int | None] | None" = None
+    ) -> "DeviceCounters":
+        """Count on `device` from now on; `capture_id` as in `DeviceCounters`."""
         from helix_runtime.device_counters import DeviceCounters
 
-        self.on_device = DeviceCounters(device, COUNTERS, TOGETHER)
+        self.on_device = DeviceCounters(device, COUNTERS, TOGETHER, capture_id)
         return self.on_device
 
     def count(self, name: str, by: "int | torch.Tensor" = 1) -> None:

@@ -2,8 +2,9 @@
 
 Why: Python counters stop when a graph is captured. Nor can tokens be counted where a layer writes them: a graph's batch
 is padded, and a padded slot looks like one that another rank owns.
-Hook: `Worker.compile_or_warm_up_model`, after which all graphs are captured: what warming up has counted is forgotten
-and the counters are published from there on, with the mode of CUDA graphs that vLLM settled on.
+Hook: `Worker.compile_or_warm_up_model`, after which all graphs are captured: what a replay of each adds is copied to
+the device, what warming up has counted is forgotten, and the counters are published from there on, with the mode of
+CUDA graphs that vLLM settled on.
 `BlockTables.compute_slot_mappings` (V2 model runner), which runs once a step, outside any graph, for real batches only,
 and whose `query_start_loc` ends with the number of real tokens.
 Upstream: vllm `v1/worker/gpu_worker.py`, `v1/worker/gpu/block_table.py`.
@@ -36,6 +37,7 @@ def _compile_or_warm_up_model(original):
         result = original(self)
         proof = current().proof
         if proof.on_device:
+            proof.on_device.flush()
             proof.on_device.reset()
             proof.amend(**_graphs(self))
             Publisher(proof.on_device, proof.publish, PUBLISHED).start()
@@ -71,7 +73,9 @@ def count_tokens(
     slots: [T or more], -1 for what another rank owns and for padding. query_start_loc: [R + 1 or more], the rest equal
     to the number of real tokens T. positions: [T or more], of each token in its own sequence.
     """
-    if (counters := context.proof.on_device) and counters.follows:
+    if counters := context.proof.on_device:
+        counters.flush()  # for graphs captured since
+    if counters and counters.follows:
         context.proof.step_is((query_start_loc[1:] - query_start_loc[:-1]).max() > 1)
     group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
     if slots.is_cuda:

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recorded_graph import RecordedGraph
 
+from helix_runtime import capture_id
 from helix_runtime.device_counters import DeviceCounters, Publisher
 from helix_runtime.proof import COUNTERS, ProofWriter, RankProof, read_proofs
 
@@ -41,23 +43,14 @@ def test_bumping_allocates_nothing_and_keeps_its_address():
     assert counters.values.data_ptr() == before
 
 
-def test_a_graph_for_any_batch_counts_what_the_step_holds():
-    """What is added is read when a graph is replayed, so the same addition counts a decode step, then a prefill."""
-    proof = ProofWriter(None, 0)
-    counters = proof.count_on(torch.device("cpu"))
+def test_nothing_is_written_for_the_step_where_no_graph_adds_it():
+    proof, counters = recording()
     before = counters.step.data_ptr()
-    proof.step_is(torch.tensor(True))  # no graph adds it: nothing is written
+    proof.step_is(torch.tensor(True))
     assert not counters.step.any()
-    proof.ran("decode", captured=True)
-    proof.ran("prefill", captured=True)  # the capture: nothing is known of the step yet
-    for prefill in (False, False, True):
-        proof.step_is(torch.tensor(prefill))
-        counters.values.add_(counters.step)  # what a replay does
-    counted = {name: value for name, value in zip(counters.names, counters.read(), strict=True) if value}
-    assert counted == {
-        "decode_attention": 3, "decode_combine": 3, "prefill_attention": 1, "prefill_combine": 1, "replayed_combine": 4,
-    }  # fmt: skip
-    assert counters.step.data_ptr() == before
+    captured(proof, RecordedGraph(), "prefill")
+    proof.step_is(torch.tensor(True))
+    assert counters.step.any() and counters.step.data_ptr() == before
 
 
 def test_the_tokens_of_a_step_say_what_its_graphs_count(counted):
@@ -84,36 +77,170 @@ def test_what_is_known_later_is_written_again(tmp_path):
     assert (proof.cudagraph_mode, proof.graphs_captured, proof.backend) == ("FULL_AND_PIECEWISE", 10, "B")
 
 
-def captured(attention):
-    """(proof, counters, graph) of `attention(proof)`, captured on the device; nothing is counted yet."""
+def recording() -> tuple[ProofWriter, DeviceCounters]:
+    """A proof whose captures are `RecordedGraph`s."""
     proof = ProofWriter(None, 0)
-    counters = proof.count_on(torch.device("cuda"))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        attention(proof)
+    return proof, proof.count_on(torch.device("cpu"), capture_id=lambda: RecordedGraph.capturing)
+
+
+def captured(proof: ProofWriter, graph, *phases: str):
+    """`graph`, after a layer of each of `phases` was captured into it."""
+    with graph if isinstance(graph, RecordedGraph) else torch.cuda.graph(graph):
+        for phase in phases:
+            proof.ran(phase, captured=True)
+    return graph
+
+
+def read(counters: DeviceCounters) -> dict[str, int]:
+    """What is not 0, once the device is done."""
+    if counters.values.is_cuda:
+        torch.cuda.synchronize()
+    return {name: value for name, value in zip(counters.names, counters.read(), strict=True) if value}
+
+
+def attended(decode: int = 0, prefill: int = 0) -> dict[str, int]:
+    """Counters after so many replayed layers."""
+    counts = {
+        "decode_attention": decode, "decode_combine": decode, "prefill_attention": prefill, "prefill_combine": prefill,
+        "replayed_combine": decode + prefill,
+    }  # fmt: skip
+    return {name: count for name, count in counts.items() if count}
+
+
+@pytest.mark.parametrize("phases, kernels", [(["decode"] * 3, 1), (["prefill"] * 3, 1), (["decode", "prefill"] * 3, 2)])
+def test_a_graph_adds_once_whatever_its_layers(phases, kernels):
+    proof, counters = recording()
+    graph = captured(proof, RecordedGraph(), *phases)
+    assert len(graph.kernels) == kernels and not read(counters)
+    proof.ran("decode")  # eager: at once
+    assert read(counters) == {"decode_attention": 1, "decode_combine": 1}
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=needs_cuda)])
+def graphs(request):
+    """(proof, counters, class of its graphs): emulated on the CPU, and where there is a device on it."""
+    if request.param == "recorded":
+        return *recording(), RecordedGraph
+    proof = ProofWriter(None, 0)
+    return proof, proof.count_on(torch.device("cuda")), torch.cuda.CUDAGraph
+
+
+def test_replays_of_a_graph_are_counted(graphs):
+    proof, counters, graph_class = graphs
+    graph = captured(proof, graph_class(), "decode", "decode", "decode")
+    graph.replay()
+    assert not read(counters)  # its row is empty until `flush`: captures are told apart, no layer added for itself
+    counters.flush()
     counters.reset()
-    return proof, counters, graph
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_replay_of_a_graph_for_any_batch_counts_the_step():
-    proof, counters, graph = captured(lambda proof: proof.ran("prefill", captured=True))
-    for prefill in (False, True, False):
-        proof.step_is(torch.tensor(prefill, device="cuda"))
-        graph.replay()
-    torch.cuda.synchronize()
-    counted = dict(zip(counters.names, counters.read(), strict=True))
-    assert (counted["decode_combine"], counted["prefill_combine"], counted["replayed_combine"]) == (2, 1, 3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_replays_of_a_graph_are_counted():
-    _, counters, graph = captured(lambda proof: [proof.ran("decode") for _ in range(3)])
     for _ in range(5):
         graph.replay()
-    torch.cuda.synchronize()
-    counted = dict(zip(counters.names, counters.read(), strict=True))
-    assert (counted["decode_attention"], counted["decode_combine"], counted["prefill_attention"]) == (15, 15, 0)
+    assert read(counters) == attended(decode=15)
+
+
+def test_each_graph_counts_its_own_layers(graphs):
+    proof, counters, graph_class = graphs
+    proof.ran("decode")  # warming up
+    two = captured(proof, graph_class(), "decode", "decode")
+    captured(proof, graph_class(), "decode", "decode")  # thrown away
+    three = captured(proof, graph_class(), "decode", "decode", "decode")
+    counters.flush()
+    counters.reset()
+    for graph in (two, three, two):
+        graph.replay()
+    assert read(counters) == attended(decode=7)
+    later = captured(proof, graph_class(), "decode")
+    counters.flush()
+    for graph in (later, two, later, three):
+        graph.replay()
+    assert read(counters) == attended(decode=7 + 7)
+
+
+def test_a_replay_of_a_graph_for_any_batch_counts_the_step(graphs):
+    """… and one layer of decode beside its two for any batch counts as decode always."""
+    proof, counters, graph_class = graphs
+    graph = captured(proof, graph_class(), "prefill", "prefill")
+    mixed = captured(proof, graph_class(), "prefill", "decode", "prefill")
+    counters.flush()
+    for prefill in (False, True, False):
+        proof.step_is(torch.tensor(prefill, device=counters.values.device))
+        graph.replay()
+    assert read(counters) == attended(decode=4, prefill=2)
+    proof.step_is(torch.tensor(True, device=counters.values.device))
+    mixed.replay()
+    assert read(counters) == attended(decode=4 + 1, prefill=2 + 2)
+
+
+def test_nothing_is_copied_during_a_capture(graphs):
+    proof, counters, graph_class = graphs
+    first, second = graph_class(), graph_class()
+    captured(proof, first, "decode")
+    with second if isinstance(second, RecordedGraph) else torch.cuda.graph(second):
+        proof.ran("decode", captured=True)
+        counters.flush()
+        proof.ran("decode", captured=True)
+    counters.flush()
+    first.replay()
+    second.replay()
+    assert read(counters) == attended(decode=3)
+
+
+def test_tokens_of_a_step_let_later_graphs_count(counted):
+    from helix_runtime.vllm_plugin.device_proof import count_tokens
+
+    proof, counters = recording()
+    graph = captured(proof, RecordedGraph(), "decode", "decode")
+    context = SimpleNamespace(proof=proof, interleave=2, kvp=1, kvp_rank=0)
+    count_tokens(context, torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([0]))
+    graph.replay()
+    assert read(counters) == {**attended(decode=2), "local_tokens": 1, "global_tokens": 1}
+
+
+def test_with_no_row_left_every_layer_adds_for_itself(monkeypatch, caplog):
+    monkeypatch.setattr("helix_runtime.device_counters.GRAPHS", 1)
+    proof, counters = recording()
+    made = [captured(proof, RecordedGraph(), phase, phase) for phase in ("decode", "decode", "prefill")]
+    counters.flush()
+    assert [len(graph.kernels) for graph in made] == [1, 2, 2]
+    assert len(caplog.records) == 1 and "more than 1 CUDA graphs" in caplog.text
+    proof.step_is(torch.tensor(True))
+    for graph in made:
+        graph.replay()
+    assert read(counters) == attended(decode=4, prefill=2)
+
+
+def test_captures_that_cannot_be_told_apart_add_for_every_layer(monkeypatch, caplog):
+    """The driver's library lacks the function, then answers with an error."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(capture_id.ctypes, "CDLL", lambda name: SimpleNamespace(__name__=name))
+    capture_id._warn.cache_clear()
+    proof = ProofWriter(None, 0)
+    proof.count_on(torch.device("cpu"), capture_id=capture_id.current_capture)
+    for query in (capture_id._query.__wrapped__, lambda: lambda *_: 401):
+        monkeypatch.setattr(capture_id, "_query", query)
+        assert len(captured(proof, RecordedGraph(), "decode", "decode").kernels) == 2
+    lacks, failed = (record.message for record in caplog.records)  # once each
+    assert "no attribute 'cuStreamGetCaptureInfo_v2'" in lacks and "returned 401" in failed
+    assert lacks.endswith("the proof adds once a layer") and failed.endswith("the proof adds once a layer")
+
+
+@needs_cuda
+def test_the_driver_numbers_captures():
+    seen, side = [], torch.cuda.Stream()
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        assert capture_id.current_capture() is None
+        with torch.cuda.graph(graph):
+            torch.zeros(1, device="cuda").add_(1)
+            seen.append(capture_id.current_capture())
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # forked: the same capture
+                assert capture_id.current_capture() == seen[-1]
+            torch.cuda.current_stream().wait_stream(side)
+    assert None not in seen and len(set(seen)) == 2
 
 
 def test_a_writer_counts_on_its_device_and_publishes(tmp_path):
