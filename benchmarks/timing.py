@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 Call = Callable[[], object]
 
@@ -35,6 +36,28 @@ def copy_some(target, source, count, BLOCK: tl.constexpr):
     for start in tl.range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         offset = start + tl.arange(0, BLOCK)
         tl.store(target + offset, tl.load(source + offset, mask=offset < count), mask=offset < count)
+
+
+@triton.jit
+def copy_at_rate(target, source, count, each, ns_per_word, ahead_ns, PIECE: tl.constexpr):
+    """Copy as an exchange over links does: every program reads and writes `each` words, a piece at a time, and all of
+    these bytes pass a link of its own, of one word in `ns_per_word`. It reads at most `ahead_ns` of link time ahead of
+    the link, and ends when the link has delivered its last word. A piece that memory brings late leaves the link idle,
+    and that time is lost: the link is never faster than its rate. The clock may be coarse (some tick once in a
+    microsecond): a delivery is counted from the one before it, not from when the clock was seen to show it."""
+    first = tl.program_id(0) * each
+    delivered = globaltimer()
+    for start in tl.range(first, tl.minimum(first + each, count), PIECE):
+        offset = start + tl.arange(0, PIECE)
+        mine = (offset < first + each) & (offset < count)
+        tl.store(target + offset, tl.load(source + offset, mask=mine), mask=mine)
+        tl.debug_barrier()  # the piece is there
+        words = tl.minimum(tl.minimum(first + each, count) - start, PIECE)
+        delivered = tl.maximum(delivered, globaltimer()) + (words * ns_per_word).to(tl.int64)
+        while globaltimer() < delivered - ahead_ns:
+            pass
+    while globaltimer() < delivered:
+        pass
 
 
 @triton.jit
