@@ -5,9 +5,10 @@
 
 N processes with a GPU each hold 1/N of the context of every request, attend with all query heads (our `TRITON`
 kernel), and exchange their partials packed, through NCCL. With micro-batches the exchange of one runs on a second
-stream beside the attention of the next. All ways are captured in CUDA graphs, checked against the uncut one, and take
-turns; a time is the slowest rank's. Without a GPU tiny sizes run in torch, gloo and threads: a test of this file, and
-no figure. The plugin does not overlap on CUDA: vLLM's backends make their schedule for the whole batch.
+stream beside the attention of the next; with `flags` one attention of the whole batch says which rows are done, and the
+last micro-batches halve. All ways are captured in CUDA graphs, checked against the uncut one, and take turns; a time is
+the slowest rank's. Without a GPU tiny sizes run in torch, gloo and threads: a test of this file, and no figure. The
+plugin does not overlap on CUDA: vLLM's backends make their schedule for the whole batch.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from benchmarks.ranks import Here, chain, run, times
 from benchmarks.records import Record, Results
 from helix_runtime.combine import all_to_all_combine, merge_partials
 from helix_runtime.combine.workspace import PackedLayout
-from helix_runtime.overlap import StreamLanes, ThreadLanes, micro_batches, overlapped
+from helix_runtime.overlap import StreamLanes, ThreadLanes, micro_batches, overlapped, overlapped_once
 
 #: (requests, tokens of the whole context, query heads, KV heads): Llama-3.1-8B with TPA 1.
 SIZES = (
@@ -33,8 +34,10 @@ SIZES = (
     (32, 32 << 10, 32, 8),
     (2, 512 << 10, 32, 8),
 )
-TINY = ((4, 64, 4, 2),)
+TINY = ((5, 64, 4, 2),)
 CUTS = (1, 2, 5, 8)
+#: Micro-batches of one attention, the last ones halved so often.
+FLAGS, HALVINGS = (5, 8), 3
 TOLERANCE = 1e-2
 
 
@@ -47,8 +50,16 @@ class Layer:
     exchange: object  # (part, that) -> None, fills merged[part]
     merged: torch.Tensor
     lanes: object
+    begin: object  # () -> the whole batch's attention, under way
+    arrived: object  # (part, that) -> what `exchange` sends, once it is there
 
-    def step(self, count: int) -> None:
+    def step(self, count: int, flags: bool = False) -> None:
+        if flags:
+            parts = micro_batches(self.batch, count, HALVINGS)
+            overlapped_once(
+                parts, self.begin, lambda _, part, held: self.exchange(part, self.arrived(part, held)), self.lanes
+            )
+            return
         parts = micro_batches(self.batch, count)
         overlapped(
             parts, lambda _, part: self.attend(part), lambda _, part, held: self.exchange(part, held), self.lanes
@@ -57,13 +68,17 @@ class Layer:
 
 def on_gpu(here: Here, case: Attention) -> Layer:
     """Our split-KV attention, which joins its runs in the send buffer, and the packed exchange."""
+    from helix_runtime.attention.completion import counters
     from helix_runtime.attention.device import decode_kernel
+    from helix_runtime.attention.split_kv import COUNTED_LAUNCH, counted_splits
     from helix_runtime.combine.packed import PackedCombine
     from helix_runtime.combine.workspace import Workspace
 
     given, kernel = inputs(case, page=128, seed=here.rank), decode_kernel("TRITON", case.scale)
     combine, owned = PackedCombine(here.group, Workspace(here.device)), case.q_heads // here.ranks
     merged = torch.empty(case.batch, owned, case.head_dim, dtype=torch.bfloat16, device=here.device)
+    splits, done = counted_splits(case.batch * case.kv_heads, case.tokens), counters(case.batch, here.device)
+    counted = decode_kernel("TRITON", case.scale, splits=splits, launch=COUNTED_LAUNCH)
 
     def attend(part: slice):
         return kernel.begin(given.query[part], given.kv_cache, given.block_table[part], given.lengths[part])
@@ -72,7 +87,13 @@ def on_gpu(here: Here, case: Attention) -> Layer:
         layout = PackedLayout(here.ranks, part.stop - part.start, owned, case.head_dim, torch.bfloat16)
         merged[part] = combine.filled(layout, lambda outputs, lses: kernel.finish(runs, outputs, lses))[0]
 
-    return Layer(case.batch, attend, exchange, merged, StreamLanes(here.device))
+    def begin():
+        return counted.begin(*given.arguments, done=done)
+
+    def arrived(part: slice, runs):
+        return counted.arrived(runs, part, done, case.kv_heads)
+
+    return Layer(case.batch, attend, exchange, merged, StreamLanes(here.device), begin, arrived)
 
 
 def on_cpu(here: Here, case: Attention) -> Layer:
@@ -91,7 +112,15 @@ def on_cpu(here: Here, case: Attention) -> Layer:
     def exchange(part: slice, partial) -> None:
         merged[part] = all_to_all_combine(*partial, here.group, merge=merge_partials)
 
-    return Layer(case.batch, attend, exchange, merged, ThreadLanes())
+    def arrived(part: slice, partial):
+        return tuple(each[part] for each in partial)
+
+    return Layer(case.batch, attend, exchange, merged, ThreadLanes(), lambda: attend(slice(0, case.batch)), arrived)
+
+
+def _cuts() -> dict[str, tuple[int, bool]]:
+    """Name -> micro-batches, and whether they are of one attention; "1" is uncut."""
+    return {str(count): (count, False) for count in CUTS} | {f"flags {count}": (count, True) for count in FLAGS}
 
 
 def measure(here: Here, case: Attention, results: Results) -> None:
@@ -100,21 +129,22 @@ def measure(here: Here, case: Attention, results: Results) -> None:
     layer.step(1)
     wanted = layer.merged.double().clone()
     chains = {"attention": chain([lambda: layer.attend(slice(0, case.batch))], here.device)}
-    for count in (count for count in CUTS if count <= case.batch):
+    cuts = {name: cut for name, cut in _cuts().items() if cut[0] <= case.batch}
+    for name, cut in cuts.items():
         problem = None
         try:
             layer.merged.fill_(float("nan"))
-            layer.step(count)
+            layer.step(*cut)
             error = ((layer.merged.double() - wanted).norm() / wanted.norm()).item()
             if not error <= TOLERANCE:
                 raise ArithmeticError(f"differs from the uncut exchange by {error:.2e}")
-            made = chain([lambda count=count: layer.step(count)], here.device)
+            made = chain([lambda cut=cut: layer.step(*cut)], here.device)
         except Exception as failed:
             problem = f"{type(failed).__name__}: {failed}"
         if said := here.agree(problem):
-            results.failures.append({"what": f"N{here.ranks} {case.name} {count}", "error": said.splitlines()[0][:300]})
+            results.failures.append({"what": f"N{here.ranks} {case.name} {name}", "error": said.splitlines()[0][:300]})
         else:
-            chains[str(count)] = made
+            chains[name] = made
     for name, took in times(here, chains, results.rounds).items():
         params = {"ranks": here.ranks, "batch": case.batch, "local_tokens": case.tokens}
         extra = {"case": f"N{here.ranks} {case.name}", "ranks": here.ranks, "graph": here.cuda}
@@ -134,14 +164,14 @@ def _work(here: Here, todo: list[Attention], results: Results) -> None:
 def table(results: Results) -> str:
     """Markdown: microseconds of attention alone, of a layer uncut and cut, and what the best cut saves."""
     lines = [
-        f"| size | attention | {' | '.join(f'{cut} micro-batches' for cut in CUTS)} | best cut |",
-        "|" + " --- |" * 7,
+        f"| size | attention | {' | '.join(f'{cut} micro-batches' for cut in _cuts())} | best cut |",
+        "|" + " --- |" * (3 + len(_cuts())),
     ]
     for case, found in results.by_case("hop_b/").items():
         cuts = {name: us for name, us in found.items() if name != "attention"}
         best = min(cuts, key=cuts.get, default=None)
         saved = f"{best}, {cuts[best] / cuts['1'] - 1:+.1%}" if best and "1" in cuts else "–"
-        cells = [f"{found[name]:.1f}" if name in found else "–" for name in ("attention", *map(str, CUTS))]
+        cells = [f"{found[name]:.1f}" if name in found else "–" for name in ("attention", *_cuts())]
         lines.append(f"| {case} | {' | '.join(cells)} | {saved} |")
     return "\n".join(lines)
 

@@ -5,22 +5,23 @@
 
 For each attention (ours, `TRITON`), a copy kernel of a stated number of programs, each of 512 threads and so on one
 multiprocessor, as an NCCL channel is, moves as many bytes as take half (or a tenth) of the attention's time when it
-runs alone. Then a step is captured in a CUDA graph for every way to cut the batch, and all are replayed in turns. The
-exchange of a micro-batch joins its attention's runs and copies its share of the bytes. Micro-batches are attentions of
-their own, or one attention of the whole batch says which rows are done (`flags`). Hidden is the part of the exchange's
-time by which the step with micro-batches is shorter than attention, at its fastest, and exchange one after the other.
-Needs a CUDA device; `--table` needs none.
+runs alone. It is held to the rate of a link, `LINK` GB/s a multiprocessor, as an exchange between GPUs is; or to none,
+and then memory, which is one GPU's, is all that limits it. A step is captured in a CUDA graph for every way to cut the
+batch, and all are replayed in turns. The exchange of a micro-batch joins its attention's runs and copies its share of
+the bytes. Micro-batches are attentions of their own, or one attention of the whole batch says which rows are done
+(`flags`). Hidden is the part of the exchange's time by which the step with micro-batches is shorter than attention, at
+its fastest, and exchange one after the other. Needs a CUDA device; `--table` needs none.
 """
 
 import argparse
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.attention_cases import Attention, inputs
 from benchmarks.records import Record, Results
-from helix_runtime.overlap import measured_count, micro_batch_count
+from helix_runtime.attention.split_kv import COUNTED_LAUNCH, COUNTED_PROGRAMS, GQA_LAUNCH, Launch, counted_splits
+from helix_runtime.overlap import WAYS, Way, best_way, measured_count
 
 CASES = [
     Attention(64, 128 << 10, 8, 1),
@@ -29,58 +30,98 @@ CASES = [
     Attention(8, 128 << 10, 8, 1),
     Attention(8, 16 << 10, 8, 1),
 ]
-PROGRAMS = (1, 2, 4, 8)
-SHARES = (0.5, 0.1)
 THREADS = 512
-#: Runs of a row's context: the attention one after the other takes whichever is fastest of these and its own choice.
-SPLITS = (16, 32, 64, 128)
+#: GB/s of one multiprocessor's link: NVLink's 450 GB/s through 16 to 24 channels of NCCL, half of 400 Gbit/s.
+LINK = 25.0
+#: Bytes that a copy reads at once, and ahead of its link.
+PIECE, AHEAD = 64 << 10, 512 << 10
+#: Launches of the attention one after the other, which is the fastest of these and of its own choice.
+SPLITS = (8, 16, 32, 64)
+LAUNCHES = (GQA_LAUNCH, COUNTED_LAUNCH)
+#: Programs of `GQA_LAUNCH` that a multiprocessor holds: 40 KB of shared memory each, of 227 (sm_90).
+RESIDENT = 5
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The exchange: programs, and GB/s of each one's link (copied: as many are read, and as many written)."""
+
+    programs: int
+    link: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        return self.link and self.programs * self.link
+
+    def __call__(self, target, source) -> None:
+        """target, source: int32, each of a multiple of 16 words."""
+        from benchmarks.timing import copy_at_rate, copy_some
+
+        words, warps = source.numel(), THREADS // 32
+        if self.link is None:
+            copy_some[(self.programs,)](target, source, words, BLOCK=16 * THREADS, num_warps=warps)
+            return
+        each = -(-words // (16 * self.programs)) * 16
+        ahead = int(AHEAD / self.link)
+        copy_at_rate[(self.programs,)](
+            target, source, words, each, 4 / self.link, ahead, PIECE=PIECE // 4, num_warps=warps
+        )
+
+
+#: Exchanges, and the shares of the attention's time that they take.
+EXCHANGES = (
+    *((Copy(programs, LINK), (0.5, 0.1) if programs in (2, 8) else (0.5,)) for programs in (2, 4, 8, 16)),
+    (Copy(2), (0.5, 0.1)),
+    (Copy(8), (0.5,)),
+)
 
 
 @dataclass(frozen=True)
 class Cut:
     """How a batch is cut: into `count` micro-batches, the last ones halved `halvings` times.
 
-    room: each attention in so few runs that multiprocessors stay free; else in as many as are fastest alone. waves: one
-    attention with flags, in so many short programs (`flag_splits`); 0 for an attention for each micro-batch.
+    room: each attention in so few runs that multiprocessors stay free; else in as many as are fastest alone. programs:
+    one attention with flags, in about so many programs (`counted_splits`); 0 for an attention for each micro-batch.
     """
 
     count: int
     halvings: int = 0
     room: bool = False
-    waves: int = 0
+    programs: int = 0
+    launch: Launch = GQA_LAUNCH
+
+    def splits(self, case: Attention) -> int:
+        return counted_splits(case.batch * case.kv_heads, case.tokens, self.programs)
 
     def name(self, case: Attention) -> str:
         name = f"{self.count}{f' halved {self.halvings}x' if self.halvings else ''}{' room' if self.room else ''}"
-        return f"flags {name}, {flag_splits(case, self.waves)} splits" if self.waves else name
+        if not self.programs:
+            return name
+        return f"flags {name}, {self.splits(case)} splits of {self.launch.stages} stages"
+
+    @property
+    def way(self) -> Way | None:
+        """What the rule calls this; None for a launch that it does not take."""
+        if self.room or (self.programs and (self.programs, self.launch) != (COUNTED_PROGRAMS, COUNTED_LAUNCH)):
+            return None
+        return Way(self.count, self.halvings, bool(self.programs))
 
 
 CUTS = [
-    Cut(1),
-    *(Cut(count) for count in (2, 5, 8)),
-    *(Cut(count, 3) for count in (5, 6, 8)),
-    *(Cut(count, 3, True) for count in (5, 6, 8)),
+    *(Cut(count) for count in (1, 2, 5, 8)),
+    Cut(5, 3),
     Cut(8, 0, True),
     Cut(6, 4, True),
-    *(Cut(count, halvings, waves=waves) for waves in (2, 4, 8, 16) for count in (5, 8, 16) for halvings in (0, 3)),
-    *(Cut(16, 4, waves=waves) for waves in (4, 8, 16)),
+    *(
+        Cut(count, halvings, False, COUNTED_PROGRAMS, COUNTED_LAUNCH)
+        for count, halvings in ((5, 3), (6, 4), (8, 3), (16, 3))
+    ),
+    *(
+        Cut(count, 3, False, programs, launch)
+        for programs, launch in ((2048, COUNTED_LAUNCH), (8192, COUNTED_LAUNCH), (4096, GQA_LAUNCH))
+        for count in (8, 16)
+    ),
 ]
-
-
-def flag_splits(case: Attention, waves: int) -> int:
-    """Runs of each row that give about `waves` programs for each of the GPU's places (three on each of 132
-    multiprocessors); a power of two, and no run below 256 keys."""
-    runs = waves * 3 * 132 / (case.batch * case.kv_heads)
-    return max(1, min(1 << round(math.log2(max(1, runs))), case.tokens // 256))
-
-
-def copier(programs: int):
-    """(target, source int32) -> copies with that many programs of THREADS threads, each on one multiprocessor."""
-    from benchmarks.timing import copy_some
-
-    def copy(target, source):
-        copy_some[(programs,)](target, source, source.numel(), BLOCK=16 * THREADS, num_warps=THREADS // 32)
-
-    return copy
 
 
 def measure(case: Attention, results: Results) -> None:
@@ -105,53 +146,64 @@ def measure(case: Attention, results: Results) -> None:
     def finish(part: slice, parts):
         decode_kernel("TRITON", case.scale).finish(parts, outputs[:, part], lses[:, part])
 
-    def attend(splits: int | None = None):
-        decode_kernel("TRITON", case.scale, splits=splits).send(*given.arguments, outputs, lses)
+    def attend(splits: int | None = None, launch: Launch | None = None):
+        decode_kernel("TRITON", case.scale, splits=splits, launch=launch).send(*given.arguments, outputs, lses)
 
-    cuts = list({cut.name(case): cut for cut in CUTS if cut.count <= case.batch}.values())  # waves may be too many
-    tried = [None, *sorted({*SPLITS, *(flag_splits(case, cut.waves) for cut in cuts if cut.waves)})]
-    found = interleave({splits: [lambda splits=splits: attend(splits)] for splits in tried}, rounds=results.rounds)
-    fastest = min(tried, key=lambda splits: found[splits].median)
-    attention_us = found[fastest].median
-    print(f"{case.name} attention: " + ", ".join(f"{n or 'own'} splits {t.median:.1f}" for n, t in found.items()))
-    for splits, took in found.items():
-        params = {"batch": case.batch, "local_tokens": case.tokens, "splits": splits}
-        extra = {"case": case.name, "fastest": splits == fastest}
-        results.add(Record("overlap/attention", params, case.bytes, case.flops, took.median, took.low, took.high, extra))
+    # Names of few tokens may be the same.
+    cuts = list({cut.name(case): cut for cut in CUTS if cut.count <= case.batch}.values())
+    alone = {None: attend} | {
+        (splits, launch.stages): lambda splits=splits, launch=launch: attend(splits, launch)
+        for launch in LAUNCHES
+        for splits in sorted({counted_splits(case.batch, case.tokens, 64 * splits) for splits in SPLITS})
+    }
+    found = interleave({launch: [call] for launch, call in alone.items()}, rounds=results.rounds)
+    fastest = min(alone, key=lambda launch: found[launch].median)
+    attention_us, attend_fastest = found[fastest].median, alone[fastest]
+    print(f"{case.name} attention, (splits, stages): " + ", ".join(f"{n}: {t.median:.1f}" for n, t in found.items()))
+    for launch, took in found.items():
+        splits, stages = launch or (None, GQA_LAUNCH.stages)
+        params = {"batch": case.batch, "local_tokens": case.tokens, "splits": splits, "stages": stages}
+        extra = {"case": case.name, "fastest": launch == fastest}
+        results.add(
+            Record("overlap/attention", params, case.bytes, case.flops, took.median, took.low, took.high, extra)
+        )
     source = torch.zeros(128 << 20, dtype=torch.int32, device="cuda")  # 512 MB
     target = torch.empty_like(source)
-    for programs in PROGRAMS:
-        copy = copier(programs)
-        probe = source[: 8 << 20]  # 32 MB: its rate tells how many bytes take the wanted time
-        rate = interleave({"probe": [lambda c=copy, p=probe: c(target[: p.numel()], p)]}, rounds=5)["probe"].median
-        for share in SHARES:
-            words = int(probe.numel() * share * attention_us / rate) // (4 * case.batch) * 4 * case.batch
+    for copy, shares in EXCHANGES:
+        if copy.rate:
+            words_us = copy.rate * 1e3 / 4
+        else:
+            probe = source[: 8 << 20]  # 32 MB: its rate tells how many bytes take the wanted time
+            took = interleave({"probe": [lambda c=copy, p=probe: c(target[: p.numel()], p)]}, rounds=5)["probe"].median
+            words_us = probe.numel() / took
+        for share in shares:
+            each = int(share * attention_us * words_us / case.batch) // 16 * 16
+            words = each * case.batch
             if not 0 < words <= source.numel():
                 continue
-            each = words // case.batch
 
             def exchange(part: slice, copy=copy, each=each):
                 span = slice(part.start * each, part.stop * each)
                 copy(target[span], source[span])
 
-            def step(cut: Cut, exchange=exchange, programs=programs):
+            def step(cut: Cut, exchange=exchange, copy=copy):
                 if cut.count == 1:
-                    attend(fastest)
+                    attend_fastest()
                     return exchange(slice(0, case.batch))
                 slices = micro_batches(case.batch, cut.count, cut.halvings)
 
                 def begun(index, part):
                     rows = part.stop - part.start
-                    resident = 3 * (multiprocessors(given.query.device) - programs)
+                    resident = RESIDENT * (multiprocessors(given.query.device) - copy.programs)
                     return begin(part, max(1, resident // rows) if cut.room else None)
 
                 def moved(index, part, parts):
                     finish(part, parts)
                     exchange(part)
 
-                if not cut.waves:
+                if not cut.programs:
                     return overlapped(slices, begun, moved, lanes)
-                kernel = decode_kernel("TRITON", case.scale, splits=flag_splits(case, cut.waves))
+                kernel = decode_kernel("TRITON", case.scale, splits=cut.splits(case), launch=cut.launch)
 
                 def begun_once():
                     return kernel.begin(*given.arguments, done=done)
@@ -163,7 +215,7 @@ def measure(case: Attention, results: Results) -> None:
 
             calls = {cut.name(case): [lambda cut=cut, step=step: step(cut)] for cut in cuts}
             calls["exchange"] = [lambda copy=copy, words=words: copy(target[:words], source[:words])]
-            calls["attention"] = [lambda: attend(fastest)]
+            calls["attention"] = [attend_fastest]
             times = interleave(calls, rounds=results.rounds)
             alone, whole = times["exchange"].median, times["1"].median
             for cut in cuts:
@@ -174,11 +226,15 @@ def measure(case: Attention, results: Results) -> None:
                     "micro_batches": len(micro_batches(case.batch, cut.count, cut.halvings)),
                     "halvings": cut.halvings,
                     "room": cut.room,
-                    "flags": bool(cut.waves),
-                    "splits": flag_splits(case, cut.waves) if cut.waves else None,
-                    "exchange_programs": programs,
-                    "exchange_threads": programs * THREADS,
-                    "exchange_bytes": 8 * words,
+                    "flags": bool(cut.programs),
+                    "splits": cut.splits(case) if cut.programs else None,
+                    "stages": cut.launch.stages,
+                    "way": cut.way and [cut.way.count, cut.way.halvings, cut.way.once],
+                    "exchange_programs": copy.programs,
+                    "exchange_threads": copy.programs * THREADS,
+                    "exchange_link_gbps": copy.link,
+                    "exchange_rate_gbps": copy.rate,
+                    "exchange_bytes": 8 * words,  # as many are read as are written
                     "exchange_share": share,
                 }
                 extra = {
@@ -186,17 +242,65 @@ def measure(case: Attention, results: Results) -> None:
                     "cut": cut.name(case),
                     "attention_us": times["attention"].median,
                     "exchange_us": alone,
+                    "exchange_us_low": times["exchange"].low,
+                    "exchange_us_high": times["exchange"].high,
                     "hidden": round((whole - took.median) / alone, 3),
                 }
                 nbytes = case.bytes + 8 * words
                 results.add(Record("overlap/step", params, nbytes, case.flops, took.median, took.low, took.high, extra))
             best = sorted(cuts, key=lambda cut: times[cut.name(case)].median)[:6]
             print(
-                f"{case.name} programs {programs} share {share}: attention "
-                f"{times['attention'].median:.1f} exchange {alone:.1f} ({8 * words / alone / 1e3:.0f} GB/s) | "
+                f"{case.name} {copy.programs} SMs{f' at {copy.rate:g} GB/s' if copy.rate else ''} share {share}: "
+                f"attention {times['attention'].median:.1f}, exchange {alone:.1f} {4 * words / alone / 1e3:.0f} GB/s | "
                 + " | ".join(f"{cut.name(case)}: {(whole - times[cut.name(case)].median) / alone:.2f}" for cut in best),
                 flush=True,
             )
+
+
+def way_of(params: dict) -> Way | None:
+    """The way that a record's cut is; results without `way` are of attentions for each micro-batch."""
+    if "way" in params:
+        return Way(*params["way"]) if params["way"] else None
+    return None if params.get("room") else Way(params["micro_batches"], params.get("halvings", 0))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The steps of one attention with one exchange."""
+
+    records: list[Record]
+
+    @property
+    def whole(self) -> Record:
+        return next(record for record in self.records if record.params["micro_batches"] == 1)
+
+    @property
+    def several(self) -> list[Record]:
+        return [record for record in self.records if record.params["micro_batches"] >= 5]
+
+    @property
+    def ways(self) -> dict[Way, Record]:
+        """Those of the rule that were measured, and `Way()`."""
+        found = {way_of(record.params): record for record in self.records}
+        return {way: found[way] for way in (Way(), *WAYS) if way in found}
+
+    @property
+    def alone(self) -> tuple[int, float, float]:
+        """Requests, and microseconds of attention and exchange."""
+        return self.whole.params["batch"], self.whole.extra["attention_us"], self.whole.extra["exchange_us"]
+
+
+def groups(results: Results) -> list[Group]:
+    """Largest share first, exchanges at a link's rate before those at none."""
+    order = {case.name: number for number, case in enumerate(CASES)}
+    found: dict[tuple, list[Record]] = {}
+    for record in results.records:
+        if record.name == "overlap/step":
+            params = record.params
+            link, programs = params.get("exchange_link_gbps"), params["exchange_programs"]
+            key = (-params["exchange_share"], not link, order.get(record.extra["case"], 99), programs)
+            found.setdefault((*key, link or 0, record.extra["case"]), []).append(record)
+    return [Group(found[key]) for key in sorted(found)]
 
 
 def table(results: Results) -> str:
@@ -206,35 +310,23 @@ def table(results: Results) -> str:
         " measured rule: micro-batches, change | predicting rule |",
         "|" + " --- |" * 10,
     ]
-    groups: dict[tuple, list[Record]] = {}
-    order = {case.name: number for number, case in enumerate(CASES)}
-    ordered = sorted(
-        (record for record in results.records if record.name == "overlap/step"),
-        key=lambda record: (
-            -record.params["exchange_share"],
-            order.get(record.extra["case"], 99),
-            record.params["exchange_programs"],
-        ),
-    )
-    for record in ordered:
-        keys = ("exchange_programs", "exchange_share", "exchange_bytes")
-        groups.setdefault((record.extra["case"], *(record.params[key] for key in keys)), []).append(record)
-    for (case, programs, share, nbytes), records in groups.items():
-        several = [record for record in records if record.params["micro_batches"] >= 5]
-        if not several:
+    for group in groups(results):
+        if not group.several:
             continue
-        whole = next(record for record in records if record.params["micro_batches"] == 1)
-        best = min(several, key=lambda record: record.us)
+        whole, best = group.whole, min(group.several, key=lambda record: record.us)
         by_count: dict[int, Record] = {}
-        for record in records:
+        for record in group.records:
             count = record.params["micro_batches"]
             by_count[count] = min(by_count.get(count, record), record, key=lambda record: record.us)
         chosen = by_count[measured_count({count: record.us for count, record in by_count.items()})]
-        alone = (best.extra["attention_us"], best.extra["exchange_us"])
-        predicted = by_count[micro_batch_count(best.params["batch"], *alone)]
+        ways = group.ways
+        predicted = ways[best_way(*group.alone, ways=list(ways))]
+        params = best.params
+        rate = params.get("exchange_rate_gbps")
         cells = [
-            case,
-            f"{programs} SMs, {nbytes / 1e6:.1f} MB, {share:g} of the attention",
+            best.extra["case"],
+            f"{params['exchange_programs']} SMs, {f'{rate:g} GB/s' if rate else 'no link'}, "
+            f"{params['exchange_bytes'] / 2e6:.1f} MB, {params['exchange_share']:g} of the attention",
             f"{best.extra['attention_us']:.1f}",
             f"{best.extra['exchange_us']:.1f}",
             f"{whole.us:.1f}",
@@ -252,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--only", default="", help="only attentions whose name contains this")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--table", type=Path, help="print the table of these results")
     options = parser.parse_args()
     if options.table:

@@ -143,50 +143,74 @@ def overlapped_once(
     return None
 
 
-#: Numbers of micro-batches that the rule chooses from.
-COUNTS = (2, 5, 8)
+@dataclass(frozen=True)
+class Way:
+    """How a batch is overlapped: in `count` micro-batches, the last ones halved `halvings` times; `once`: one attention
+    says which rows are done (`overlapped_once`), else each micro-batch is an attention of its own."""
+
+    count: int = 1
+    halvings: int = 0
+    once: bool = False
+
+    def slices(self, requests: int) -> list[slice]:
+        return micro_batches(requests, self.count, self.halvings)
+
+
+#: What the rule chooses from, beside no overlap.
+WAYS = (Way(2), *(Way(count, 3, once=True) for count in (5, 8, 16)))
 
 
 @dataclass(frozen=True)
 class OverlapCosts:
-    """What cutting a batch costs, in microseconds. Fitted to benchmarks/results/overlap-h200.json: of all costs on a
-    coarse grid, those whose choices are at most 1 % slower than no overlap at every size there, and save most in sum.
+    """What overlap costs. Fitted by `python -m benchmarks.overlap_fit`: of all costs on a coarse grid, those whose
+    choices are at most 1 % slower than no overlap at every size measured, and save most in sum.
 
-    split: an attention over a part takes that part of the whole's time and this. start: the same for an exchange.
-    contention: share of the exchange's time by which attention beside it is slowed.
+    split: microseconds that an attention of its own adds to its part of the whole's time. start: the same for an
+    exchange. contention: share of the exchange's time by which attention beside it is slowed. slower: share of its time
+    by which one attention that says which rows are done is slower than the fastest; late: share of its time by which it
+    says so late.
     """
 
     split: float = 8.0
     start: float = 5.0
     contention: float = 0.15
+    slower: float = 0.03
+    late: float = 0.15
 
 
-def predicted_us(count: int, attention_us: float, exchange_us: float, costs: OverlapCosts = OverlapCosts()) -> float:
-    """Time of attention and exchange in `count` micro-batches; for 1, their sum."""
-    if count == 1:
+def predicted_us(
+    way: Way, requests: int, attention_us: float, exchange_us: float, costs: OverlapCosts = OverlapCosts()
+) -> float:
+    """Time of attention and exchange that way; of one micro-batch, their sum."""
+    slices = way.slices(requests)
+    if len(slices) == 1:
         return attention_us + exchange_us
-    attend = attention_us / count + costs.split
-    exchange = exchange_us / count + costs.start
-    slowed = attend + costs.contention * min(exchange, attend)
-    return attend + (count - 1) * max(slowed, exchange) + exchange
+    whole = attention_us * (1 + costs.slower * way.once) + costs.contention * exchange_us
+    ended = 0.0
+    for number, part in enumerate(slices, 1):
+        done = whole * part.stop / requests
+        done = min(whole, done + costs.late * attention_us) if way.once else done + costs.split * number
+        ended = max(ended, done) + costs.start + exchange_us * (part.stop - part.start) / requests
+    return ended
 
 
-def micro_batch_count(
+def best_way(
     requests: int,
     attention_us: float,
     exchange_us: float,
     costs: OverlapCosts = OverlapCosts(),
-    counts: Sequence[int] = COUNTS,
+    ways: Sequence[Way] = WAYS,
     gain: float = 0.02,
-) -> int:
-    """How many micro-batches to cut `requests` into: the predicted best, or 1 where it would not save `gain`.
+) -> Way:
+    """How to overlap a batch of `requests`: the predicted best of `ways`, or `Way()` where it would not save `gain`.
 
     attention_us, exchange_us: of the whole batch, alone on the device.
     """
-    whole = predicted_us(1, attention_us, exchange_us)
-    counts = [count for count in counts if 1 < count <= requests]
-    best = min(counts, key=lambda count: predicted_us(count, attention_us, exchange_us, costs), default=1)
-    return best if best > 1 and predicted_us(best, attention_us, exchange_us, costs) <= (1 - gain) * whole else 1
+    times = {
+        way: predicted_us(way, requests, attention_us, exchange_us, costs) for way in ways if 1 < way.count <= requests
+    }
+    best = min(times, key=times.__getitem__, default=None)
+    return best if best and times[best] <= (1 - gain) * (attention_us + exchange_us) else Way()
 
 
 def measured_count(times_us: dict[int, float], gain: float = 0.02) -> int:

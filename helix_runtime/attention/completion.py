@@ -13,7 +13,11 @@ import triton.language as tl
 
 
 def counters(rows: int, device: torch.device | str) -> torch.Tensor:
-    """int32 [rows], 0: for one attention at a time. Waiting for every row leaves them 0 again, for the next step."""
+    """int32 [rows], 0: for one attention at a time. Waiting for every row leaves them 0 again, for the next step.
+
+    They must be 0 when an attention starts. Where a step that is not captured raises after its attention was launched,
+    rows that nothing waited for keep their counts: synchronise and `zero_()` them, or take new ones, before the next.
+    """
     return torch.zeros(rows, dtype=torch.int32, device=device)
 
 

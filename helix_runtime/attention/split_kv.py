@@ -28,6 +28,10 @@ class Launch:
 #: Measured on an H200, benchmarks/results/attention-h200.json.
 GQA_LAUNCH = Launch(tile=64, warps=4, stages=2)
 MLA_LAUNCH = Launch(tile=64, warps=8, stages=2)
+#: For an attention whose rows are waited for while it runs (`done`): about so many programs, so that the rows that are
+#: under way at any time, and whose exchange is left when it ends, are few.
+COUNTED_LAUNCH = Launch(tile=64, warps=4, stages=3)
+COUNTED_PROGRAMS = 4096
 #: Heads that one MLA program holds: 16 fills a tensor-core tile, 64 is what the registers hold.
 MLA_HEADS = (16, 32, 64)
 #: Programs per multiprocessor that the split count aims at.
@@ -44,6 +48,12 @@ def multiprocessors(device: torch.device) -> int:
 def split_count(programs: int, device: torch.device, waves: int = WAVES) -> int:
     """Runs into which each row's context is cut when one split has `programs` programs; a fixed number, no power."""
     return max(1, min(MAX_SPLITS, waves * multiprocessors(device) // programs))
+
+
+def counted_splits(rows: int, tokens: int, programs: int = COUNTED_PROGRAMS) -> int:
+    """Runs of a context of `tokens` keys that give about `programs` programs for `rows` (requests * KV heads); a power
+    of two, and no run below 256 keys."""
+    return max(1, min(1 << round(math.log2(max(1.0, programs / rows))), tokens // 256))
 
 
 def decode_gqa(

@@ -28,13 +28,13 @@ def test_every_cut_merges_what_the_uncut_exchange_merges(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(file.read_text())
     assert found["failures"] == []
-    # Four requests: cut into two, but not into five or eight.
-    assert {name for row in found["rows"] for name in row["us"]} == {"attention", "1", "2"}
+    # Five requests: not cut into eight.
+    assert {name for row in found["rows"] for name in row["us"]} == {"attention", "1", "2", "5", "flags 5"}
 
 
 def test_the_table_names_the_best_cut(tmp_path):
     results = Results("hop_b", "command", "GPU", {}, tmp_path / "r.json")
-    for name, us in (("attention", 60.0), ("1", 100.0), ("2", 90.0), ("5", 95.0)):
+    for name, us in (("attention", 60.0), ("1", 100.0), ("2", 90.0), ("5", 95.0), ("flags 5", 80.0)):
         results.add(Record(f"hop_b/{name}", {}, 1, 1, us, us, us, {"case": "N2 B8"}))
     line = hop_b.table(results).splitlines()[-1]
-    assert line == "| N2 B8 | 60.0 | 100.0 | 90.0 | 95.0 | – | 2, -10.0% |"
+    assert line == "| N2 B8 | 60.0 | 100.0 | 90.0 | 95.0 | – | 80.0 | – | flags 5, -20.0% |"

@@ -10,8 +10,9 @@ from helix_runtime.overlap import (
     OverlapCosts,
     StreamLanes,
     ThreadLanes,
+    Way,
+    best_way,
     measured_count,
-    micro_batch_count,
     micro_batches,
     overlapped,
     overlapped_once,
@@ -129,12 +130,17 @@ def test_what_an_exchange_of_one_attention_raises_reaches_the_caller():
 
 def test_the_prediction_by_hand():
     """The paper: eight requests of 2 compute and 1.2 communication: 25.6 exposed, 8 * 2 + 1.2 = 17.2 hidden."""
-    free = OverlapCosts(split=0, start=0, contention=0)
-    assert predicted_us(1, 16.0, 9.6, free) == pytest.approx(25.6)
-    assert predicted_us(8, 16.0, 9.6, free) == pytest.approx(17.2)
-    costs = OverlapCosts(split=1.0, start=2.0, contention=0.5)
-    # attention 100 / 4 + 1 = 26, exchange 40 / 4 + 2 = 12, slowed 26 + 6 = 32: 26 + 3 * 32 + 12
-    assert predicted_us(4, 100.0, 40.0, costs) == pytest.approx(134.0)
+    free = OverlapCosts(split=0, start=0, contention=0, slower=0, late=0)
+    assert predicted_us(Way(1), 8, 16.0, 9.6, free) == pytest.approx(25.6)
+    assert predicted_us(Way(8), 8, 16.0, 9.6, free) == pytest.approx(17.2)
+    assert predicted_us(Way(8, once=True), 8, 16.0, 9.6, free) == pytest.approx(17.2)
+    costs = OverlapCosts(split=1, start=2, contention=0.5, slower=0.1, late=0.2)
+    # attention 100 + 40 / 2 = 120, its fourth done after 4 * (30 + 1), then an exchange of 40 / 4 + 2
+    assert predicted_us(Way(4), 4, 100.0, 40.0, costs) == pytest.approx(136.0)
+    # attention 110 + 20 = 130, all of it done at its end, where the last quarter's exchange begins
+    assert predicted_us(Way(4, once=True), 4, 100.0, 40.0, costs) == pytest.approx(142.0)
+    # slices of 2, 1, 1; exchange 400: starts after 330 / 2 + 20, and takes all of 400 + 3 * 2
+    assert predicted_us(Way(3, 1, once=True), 4, 100.0, 400.0, costs) == pytest.approx(310 / 2 + 20 + 400 + 6)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +148,14 @@ def test_the_prediction_by_hand():
     [(64, 1000.0, 500.0, True), (8, 1000.0, 5.0, False), (8, 10.0, 5.0, False), (1, 1000.0, 500.0, False)],
 )
 def test_the_batch_is_cut_only_where_it_pays(requests, attention, exchange, several):
-    count = micro_batch_count(requests, attention, exchange)
-    assert (count > 1) == several and count <= requests
+    way = best_way(requests, attention, exchange)
+    assert (way.count > 1) == several and way.count <= requests
+
+
+def test_the_rule_takes_only_what_it_is_offered():
+    assert best_way(64, 1000.0, 500.0).once
+    assert best_way(64, 1000.0, 500.0, ways=[Way(2)]) == Way(2)
+    assert best_way(64, 1000.0, 500.0, ways=[]) == Way()
 
 
 def test_the_measured_rule_keeps_one_unless_two_percent_are_saved():
