@@ -151,14 +151,14 @@ def measure(case: Attention, results: Results) -> None:
 
     # Names of few tokens may be the same.
     cuts = list({cut.name(case): cut for cut in CUTS if cut.count <= case.batch}.values())
-    alone = {None: attend} | {
+    launches = {None: attend} | {
         (splits, launch.stages): lambda splits=splits, launch=launch: attend(splits, launch)
         for launch in LAUNCHES
         for splits in sorted({counted_splits(case.batch, case.tokens, 64 * splits) for splits in SPLITS})
     }
-    found = interleave({launch: [call] for launch, call in alone.items()}, rounds=results.rounds)
-    fastest = min(alone, key=lambda launch: found[launch].median)
-    attention_us, attend_fastest = found[fastest].median, alone[fastest]
+    found = interleave({launch: [call] for launch, call in launches.items()}, rounds=results.rounds)
+    fastest = min(launches, key=lambda launch: found[launch].median)
+    attention_us, attend_fastest = found[fastest].median, launches[fastest]
     print(f"{case.name} attention, (splits, stages): " + ", ".join(f"{n}: {t.median:.1f}" for n, t in found.items()))
     for launch, took in found.items():
         splits, stages = launch or (None, GQA_LAUNCH.stages)
