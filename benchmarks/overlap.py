@@ -3,14 +3,14 @@
     python -m benchmarks.overlap [--json PATH] [--only TEXT]
     python -m benchmarks.overlap --table PATH
 
-For each attention (ours, `TRITON`), a copy kernel of a stated number of programs, each of 512 threads and so on one
-multiprocessor, as an NCCL channel is, moves as many bytes as take half (or a tenth) of the attention's time when it
-runs alone. It is held to the rate of a link, `LINK` GB/s a multiprocessor, as an exchange between GPUs is; or to none,
-and then memory, which is one GPU's, is all that limits it. A step is captured in a CUDA graph for every way to cut the
-batch, and all are replayed in turns. The exchange of a micro-batch joins its attention's runs and copies its share of
-the bytes. Micro-batches are attentions of their own, or one attention of the whole batch says which rows are done
-(`flags`). Hidden is the part of the exchange's time by which the step with micro-batches is shorter than attention, at
-its fastest, and exchange one after the other. Needs a CUDA device; `--table` needs none.
+For each attention (ours, `TRITON`), a copy kernel of a stated number of programs, each on one multiprocessor, moves as
+many bytes as take half (or a tenth) of the attention's time when it runs alone. Programs have 512 threads, as NCCL's
+channels have, or 128, which find room beside attention's own. They are held to the rate of a link, as an exchange
+between GPUs is; or to none, and then memory, which is one GPU's, is all that limits them. A step is captured in a CUDA
+graph for every way to cut the batch, and all are replayed in turns. The exchange of a micro-batch joins its attention's
+runs and copies its share of the bytes. Micro-batches are attentions of their own, or one attention of the whole batch
+says which rows are done (`flags`). Hidden is the part of the exchange's time by which the step with micro-batches is
+shorter than attention, at its fastest, and exchange one after the other. Needs a CUDA device; `--table` needs none.
 """
 
 import argparse
@@ -30,11 +30,11 @@ CASES = [
     Attention(8, 128 << 10, 8, 1),
     Attention(8, 16 << 10, 8, 1),
 ]
-THREADS = 512
-#: GB/s of one multiprocessor's link: NVLink's 450 GB/s through 16 to 24 channels of NCCL, half of 400 Gbit/s.
-LINK = 25.0
-#: Bytes that a copy reads at once, and ahead of its link.
-PIECE, AHEAD = 64 << 10, 512 << 10
+#: GB/s of one thread's share of a link: 25 GB/s for the 512 threads of an NCCL channel (NVLink's 450 GB/s through 16 to
+#: 24 of them, half of 400 Gbit/s), 6.25 for 128.
+LINK = 25.0 / 512
+#: Bytes a thread that a copy reads at once, and ahead of its link.
+PIECE, AHEAD = 128, 1024
 #: Launches of the attention one after the other, which is the fastest of these and of its own choice.
 SPLITS = (8, 16, 32, 64)
 LAUNCHES = (GQA_LAUNCH, COUNTED_LAUNCH)
@@ -44,9 +44,10 @@ RESIDENT = 5
 
 @dataclass(frozen=True)
 class Copy:
-    """The exchange: programs, and GB/s of each one's link (copied: as many are read, and as many written)."""
+    """The exchange: programs, their threads, and GB/s of each one's link (copied: as many are read, and written)."""
 
     programs: int
+    threads: int
     link: float | None = None
 
     @property
@@ -57,22 +58,21 @@ class Copy:
         """target, source: int32, each of a multiple of 16 words."""
         from benchmarks.timing import copy_at_rate, copy_some
 
-        words, warps = source.numel(), THREADS // 32
+        words, warps = source.numel(), self.threads // 32
         if self.link is None:
-            copy_some[(self.programs,)](target, source, words, BLOCK=16 * THREADS, num_warps=warps)
+            copy_some[(self.programs,)](target, source, words, BLOCK=16 * self.threads, num_warps=warps)
             return
         each = -(-words // (16 * self.programs)) * 16
-        ahead = int(AHEAD / self.link)
-        copy_at_rate[(self.programs,)](
-            target, source, words, each, 4 / self.link, ahead, PIECE=PIECE // 4, num_warps=warps
-        )
+        piece, ahead = PIECE * self.threads // 4, int(AHEAD * self.threads / self.link)
+        copy_at_rate[(self.programs,)](target, source, words, each, 4 / self.link, ahead, PIECE=piece, num_warps=warps)
 
 
 #: Exchanges, and the shares of the attention's time that they take.
 EXCHANGES = (
-    *((Copy(programs, LINK), (0.5, 0.1) if programs in (2, 8) else (0.5,)) for programs in (2, 4, 8, 16)),
-    (Copy(2), (0.5, 0.1)),
-    (Copy(8), (0.5,)),
+    *((Copy(programs, 128, 128 * LINK), (0.5, 0.1) if programs == 8 else (0.5,)) for programs in (8, 16, 32)),
+    *((Copy(programs, 512, 512 * LINK), (0.5, 0.1) if programs == 2 else (0.5,)) for programs in (2, 8)),
+    (Copy(2, 512), (0.5, 0.1)),
+    (Copy(8, 512), (0.5,)),
 )
 
 
@@ -97,7 +97,7 @@ class Cut:
         name = f"{self.count}{f' halved {self.halvings}x' if self.halvings else ''}{' room' if self.room else ''}"
         if not self.programs:
             return name
-        return f"flags {name}, {self.splits(case)} splits of {self.launch.stages} stages"
+        return f"flags {name}, {self.splits(case)} splits of {self.launch.warps} warps"
 
     @property
     def way(self) -> Way | None:
@@ -114,11 +114,11 @@ CUTS = [
     Cut(6, 4, True),
     *(
         Cut(count, halvings, False, COUNTED_PROGRAMS, COUNTED_LAUNCH)
-        for count, halvings in ((5, 3), (6, 4), (8, 3), (16, 3))
+        for count, halvings in ((5, 0), (8, 0), (5, 3), (8, 3), (16, 3))
     ),
     *(
         Cut(count, 3, False, programs, launch)
-        for programs, launch in ((2048, COUNTED_LAUNCH), (8192, COUNTED_LAUNCH), (4096, GQA_LAUNCH))
+        for programs, launch in ((1024, COUNTED_LAUNCH), (4096, COUNTED_LAUNCH), (8192, GQA_LAUNCH))
         for count in (8, 16)
     ),
 ]
@@ -231,7 +231,7 @@ def measure(case: Attention, results: Results) -> None:
                     "stages": cut.launch.stages,
                     "way": cut.way and [cut.way.count, cut.way.halvings, cut.way.once],
                     "exchange_programs": copy.programs,
-                    "exchange_threads": copy.programs * THREADS,
+                    "exchange_threads": copy.programs * copy.threads,
                     "exchange_link_gbps": copy.link,
                     "exchange_rate_gbps": copy.rate,
                     "exchange_bytes": 8 * words,  # as many are read as are written
@@ -321,11 +321,11 @@ def table(results: Results) -> str:
         chosen = by_count[measured_count({count: record.us for count, record in by_count.items()})]
         ways = group.ways
         predicted = ways[best_way(*group.alone, ways=list(ways))]
-        params = best.params
-        rate = params.get("exchange_rate_gbps")
+        params, programs = best.params, best.params["exchange_programs"]
+        rate, threads = params.get("exchange_rate_gbps"), params["exchange_threads"] // programs
         cells = [
             best.extra["case"],
-            f"{params['exchange_programs']} SMs, {f'{rate:g} GB/s' if rate else 'no link'}, "
+            f"{programs} x {threads} threads, {f'{rate:g} GB/s' if rate else 'no link'}, "
             f"{params['exchange_bytes'] / 2e6:.1f} MB, {params['exchange_share']:g} of the attention",
             f"{best.extra['attention_us']:.1f}",
             f"{best.extra['exchange_us']:.1f}",

@@ -29,9 +29,10 @@ class Launch:
 GQA_LAUNCH = Launch(tile=64, warps=4, stages=2)
 MLA_LAUNCH = Launch(tile=64, warps=8, stages=2)
 #: For an attention whose rows are waited for while it runs (`done`): about so many programs, so that the rows that are
-#: under way at any time, and whose exchange is left when it ends, are few.
-COUNTED_LAUNCH = Launch(tile=64, warps=4, stages=3)
-COUNTED_PROGRAMS = 4096
+#: under way at any time, and whose exchange is left when it ends, are few; and two to a multiprocessor, beside which a
+#: join and a copy of 128 threads still fit.
+COUNTED_LAUNCH = Launch(tile=128, warps=8, stages=2)
+COUNTED_PROGRAMS = 2048
 #: Heads that one MLA program holds: 16 fills a tensor-core tile, 64 is what the registers hold.
 MLA_HEADS = (16, 32, 64)
 #: Programs per multiprocessor that the split count aims at.

@@ -153,8 +153,8 @@ def test_the_batch_is_cut_only_where_it_pays(requests, attention, exchange, seve
 
 
 def test_the_rule_takes_only_what_it_is_offered():
-    assert best_way(64, 1000.0, 500.0).once
-    assert best_way(64, 1000.0, 500.0, ways=[Way(2)]) == Way(2)
+    assert best_way(64, 1000.0, 500.0, ways=[Way(8, 3, once=True)]).once
+    assert best_way(64, 1000.0, 500.0, ways=[Way(8)]) == Way(8)
     assert best_way(64, 1000.0, 500.0, ways=[]) == Way()
 
 
