@@ -42,7 +42,7 @@ fi
 if asked proof; then  # what the proof of path costs a step of a real engine
   model=$(python3 -m harness.models deepseek-v2-lite-512k 2> /dev/null | tail -n 1)
   part proof 420 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 256 \
-    --options '{"unproved_cuda_graphs": true}' --json "$out/proof-cost-engine-$name.json" --engine '{
+    --json "$out/proof-cost-engine-$name.json" --engine '{
       "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
       "kv_cache_memory_bytes": 21474836480, "dcp_comm_backend": "a2a",
       "compilation_config": {"pass_config": {"fuse_allreduce_rms": false}}}'

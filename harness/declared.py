@@ -3,7 +3,7 @@
 from functools import cache
 from typing import NamedTuple
 
-from harness.cell import Cell
+from harness.cell import CUDA_GRAPHS, Cell
 from harness.verdict import Verdict
 
 
@@ -29,6 +29,7 @@ class Rules(NamedTuple):
     allow_gqa_tpa1: bool
     eager: bool
     unproved_cuda_graphs: bool
+    graph_mode: str | None
     vllm_version: str
 
 
@@ -53,6 +54,7 @@ def declare(cell: Cell, refusal: str | None = None) -> Declaration:
             allow_gqa_tpa1=dict(cell.helix).get("allow_gqa_tpa1") is True,
             eager=options.get("enforce-eager") is True,
             unproved_cuda_graphs=dict(cell.helix).get("unproved_cuda_graphs") is True,
+            graph_mode=options.get(CUDA_GRAPHS),
             vllm_version=cell.vllm_version,
         )
     )
@@ -143,7 +145,9 @@ def _from_table(rules: Rules, mla: bool | None) -> Declaration:
         prefix = f"auto is {backend}: "
     if rules.mode.startswith("helix") and rules.hardware != "cpu":
         asked = None if rules.backend == "auto" else rules.backend
-        if refused := capabilities.plugin_refusal_on_cuda(asked, bool(mla), rules.eager, rules.unproved_cuda_graphs):
+        if refused := capabilities.plugin_refusal_on_cuda(
+            asked, bool(mla), rules.eager, rules.unproved_cuda_graphs, rules.graph_mode
+        ):
             return Declaration(Verdict.REJECTED, f"the plugin so far: {refused}", refused)
     row = capabilities.declare(backend, rules.hardware, rules.mode, rules.vllm_version)
     verdict = {

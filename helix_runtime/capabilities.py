@@ -71,24 +71,41 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
 
 #: Backends that the plugin lets run with context parallelism on CUDA, by kind of model; it refuses all others.
 PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN", "FLASHINFER"), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
+#: Those that cells have judged inside vLLM's CUDA graphs on four GPUs, and the modes (reports/2026-11-26-h200-x4).
+IN_CUDA_GRAPHS = ("FLASH_ATTN", "FLASH_ATTN_MLA", "FLASHMLA")
+GRAPH_MODES = ("PIECEWISE", "FULL_AND_PIECEWISE", "FULL")
 
 
 def plugin_refusal_on_cuda(
-    backend: str | None, use_mla: bool, eager: bool, unproved_cuda_graphs: bool = False
+    backend: str | None,
+    use_mla: bool,
+    eager: bool,
+    unproved_cuda_graphs: bool = False,
+    graph_mode: str | None = None,
 ) -> str | None:
     """Why the plugin refuses Helix on CUDA with this backend (None: vLLM's choice) so far, or None.
 
-    `unproved_cuda_graphs`: the Helix option that lets CUDA graphs be tried.
+    `unproved_cuda_graphs`: the Helix option that lets CUDA graphs be tried. `graph_mode`: vLLM's name of the mode that
+    is asked for; None for its default, FULL_AND_PIECEWISE.
     """
     kind = "MLA" if use_mla else "GQA"
     if backend not in PLUGIN_ON_CUDA[kind]:
         asked = "the backend that vLLM would choose" if backend is None else backend
         allowed = ", ".join(f"--attention-backend {name}" for name in PLUGIN_ON_CUDA[kind])
         return f"no cell has proved Helix for {kind} models with {asked} on CUDA; allowed: {allowed}"
-    if not (eager or unproved_cuda_graphs):
+    if eager or unproved_cuda_graphs or graph_mode == "NONE":
+        return None
+    validate = "(or, to validate it, the helix option unproved_cuda_graphs: docs/hooks/cuda-graphs.md)"
+    if backend not in IN_CUDA_GRAPHS:
+        proved = ", ".join(name for name in PLUGIN_ON_CUDA[kind] if name in IN_CUDA_GRAPHS)
         return (
-            "Helix inside whole-engine CUDA graphs was shown on two GPUs only, so with TPA 1; add --enforce-eager "
-            "(or, to validate it, the helix option unproved_cuda_graphs: docs/hooks/cuda-graphs.md)"
+            f"no cell has proved Helix with {backend} inside CUDA graphs on four GPUs; add --enforce-eager, or take "
+            f"--attention-backend {proved} {validate}"
+        )
+    if graph_mode not in (None, *GRAPH_MODES):
+        return (
+            f"no cell has proved Helix in CUDA graphs of mode {graph_mode}; allowed: {', '.join(GRAPH_MODES)}; add "
+            f"--enforce-eager {validate}"
         )
     return None
 

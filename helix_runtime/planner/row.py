@@ -107,6 +107,6 @@ def command(layout: Layout, question: "Question", q_replicate: bool, comm: str |
         args += ["--dcp-comm-backend", comm]
     if q_replicate:
         args += ["--dcp-q-replicate"]
-    if layout.helix_mode:
+    if layout.helix_mode and layout.attention_backend not in capabilities.IN_CUDA_GRAPHS:
         args += ["--enforce-eager"]
     return shlex.join(args)

@@ -2,6 +2,7 @@
 
 import math
 
+from helix_runtime.capabilities import IN_CUDA_GRAPHS
 from helix_runtime.layout import legal_layouts
 from helix_runtime.planner.calibration import Fit
 from helix_runtime.planner.capacity import recomputed
@@ -53,10 +54,8 @@ def verdict(plan: Plan) -> str:
         instead = f" The best that starts today is {name(starts)}, {starts.latency_ms:.2f} ms." if starts else ""
         said.append(f"It does not start today: {best.refused_today}.{instead}")
     elif best is not None and best.helix:
-        said.append(
-            f"Times assume CUDA graphs; --enforce-eager, which the plugin still asks for, adds about "
-            f"{best.eager_ms:.1f} ms."
-        )
+        asked = ", which the plugin asks for with this backend," if best.backend not in IN_CUDA_GRAPHS else ""
+        said.append(f"Times assume CUDA graphs; --enforce-eager{asked} adds about {best.eager_ms:.1f} ms.")
     return " ".join(said)
 
 

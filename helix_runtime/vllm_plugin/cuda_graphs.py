@@ -1,6 +1,7 @@
-"""Helix inside vLLM's CUDA graphs: `additional_config={"helix": {"unproved_cuda_graphs": true}}`. For validation.
+"""Helix in CUDA graphs that no cell has proved: `additional_config={"helix": {"unproved_cuda_graphs": true}}`.
 
-Why: no cell has proved it, so the gate asks for `--enforce-eager`; cells that shall prove it must be able to start.
+Why: the gate lets in what cells have judged (`capabilities.IN_CUDA_GRAPHS`) and asks for `--enforce-eager` otherwise;
+cells that shall prove the rest must be able to start.
 What a capture keeps: the branch that Python took, the addresses of buffers (`Workspace` and `DirectCombine` never free
 what a graph has seen), and the additions of the proof. What it does not: Python counters, so the proof counts on the
 device (`device_proof.py`); a fault's restriction to some calls or batches, so these are refused (`cuda_combine.py`).
@@ -26,8 +27,13 @@ def admit(config, options: HelixOptions) -> None:
         )
     if config.model_config.enforce_eager:
         raise HelixRefusal(f"{OPTION} with --enforce-eager: there are no CUDA graphs to try; drop one of them")
+    on_v2(config)
+
+
+def on_v2(config) -> None:
+    """Raises HelixRefusal for CUDA graphs in vLLM's V1 model runner: no cell ran there, and no proof could count."""
     if not config.use_v2_model_runner:
         raise HelixRefusal(
-            f"{OPTION}: the proof of path counts the tokens of captured batches in vLLM's V2 model runner only; "
-            f"unset VLLM_USE_V2_MODEL_RUNNER, or drop what makes vLLM take V1"
+            "Helix in CUDA graphs was proved in vLLM's V2 model runner only, where the tokens of captured batches can "
+            "be counted; unset VLLM_USE_V2_MODEL_RUNNER, drop what makes vLLM take V1, or add --enforce-eager"
         )

@@ -6,6 +6,7 @@ Upstream: vllm `v1/attention/ops/dcp.py`.
 Remove when: upstream's kernels are as fast.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -20,11 +21,14 @@ from helix_runtime.combine.collectives import DIST, Collectives, Exchange
 from helix_runtime.combine.select import Chosen, choose
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import ContextParallel
+from helix_runtime.vllm_plugin.options import HelixOptions
 
 log = logging.getLogger(__name__)
 
-#: What `auto` means on CUDA. Our kernels are faster alone (benchmarks/README.md); no cell has judged them in vLLM yet.
-CUDA_DEFAULT = "upstream"
+#: Backends for which `auto` is ours between GPUs, in Helix GQA: ours is faster than vLLM's `a2a` there
+#: (benchmarks/README.md), and cells have judged it in vLLM, in CUDA graphs too (reports/2026-11-26-h200-x4). For MLA
+#: vLLM has a direct exchange of its own, about as fast.
+OURS_BY_DEFAULT = ("FLASH_ATTN",)
 _OURS_ON_CUDA = ("triton", "direct")
 
 
@@ -34,7 +38,7 @@ def combine_of(comm: str, cpu: bool, wanted: str = "auto"):
     What cannot run here is replaced by what can, with a warning, and the name says so: it goes into the proof of path.
     """
     if wanted == "auto":
-        wanted = "torch" if cpu else CUDA_DEFAULT
+        wanted = "torch" if cpu else "upstream"
     if not cpu and comm == "a2a" and wanted in _OURS_ON_CUDA:
         return (lambda context: _kernels(wanted)), f"helix_runtime.combine.{_chosen(wanted).name}"
     function, make = (COMBINES[comm], _ours) if cpu else (upstream_combine(comm), _upstream)
@@ -46,9 +50,17 @@ def combine_of(comm: str, cpu: bool, wanted: str = "auto"):
     return make, name
 
 
+def meant_on_cuda(options: HelixOptions, use_mla: bool, backend: str | None) -> HelixOptions:
+    """`options` with what `combine: auto` means for this backend; `direct` falls back where GPUs are not peers."""
+    if options.combine != "auto":
+        return options
+    ours = options.helix_mode and not use_mla and backend in OURS_BY_DEFAULT
+    return dataclasses.replace(options, combine="direct" if ours else "upstream")
+
+
 def install_on_cuda(wanted: str) -> None:
     """Put ours in the place of vLLM's `a2a` combine, if it was asked for."""
-    if (CUDA_DEFAULT if wanted == "auto" else wanted) not in _OURS_ON_CUDA:
+    if wanted not in _OURS_ON_CUDA:
         return
     os.environ["VLLM_USE_DIRECT_DCP_A2A"] = "0"  # would bypass the function that we replace
     modules = ["vllm.v1.attention.ops.dcp", "vllm.v1.attention.backends.flash_attn"]

@@ -117,11 +117,18 @@ def _admit_on_cpu(config, options: HelixOptions) -> None:
 def _admit_on_cuda(config, options: HelixOptions) -> None:
     """What is proved on CUDA so far, or asked for as unproved. Raises HelixRefusal for the rest."""
     backend, eager = config.attention_config.backend, config.model_config.enforce_eager
+    graphs = config.compilation_config.cudagraph_mode
     refusal = options.helix_mode and plugin_refusal_on_cuda(
-        backend and backend.name, config.model_config.use_mla, eager, options.unproved_cuda_graphs
+        backend and backend.name,
+        config.model_config.use_mla,
+        eager,
+        options.unproved_cuda_graphs,
+        graphs and graphs.name,
     )
     if refusal:
         raise HelixRefusal(refusal)
+    if options.helix_mode and not eager:
+        cuda_graphs.on_v2(config)
     if options.fault and (problem := fault_problem(options.fault, captured=not eager)):
         raise HelixRefusal(problem)
     if options.capture:

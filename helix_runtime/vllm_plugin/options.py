@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
-#: Values of `helix.combine`. `auto`: ours in torch on CPU, upstream's on CUDA (`exchange.py` says why).
+#: Values of `helix.combine`. `auto`: ours in torch on CPU; on CUDA ours or upstream's, by backend (`exchange.py`).
 COMBINE_OPTIONS = ("auto", "upstream", "torch", "triton", "direct")
 
 
@@ -18,7 +18,7 @@ class HelixOptions:
         LSE-returning CPU backend where vLLM has none, and with the proof of path.
     allow_gqa_tpa1: permit TPA = 1 for a model with several KV heads.
     share_gpu: all ranks on one GPU, for validation on a machine that has one (`share_gpu.py`).
-    unproved_cuda_graphs: let Helix run inside CUDA graphs, which no cell has proved: for validation (`cuda_graphs.py`).
+    unproved_cuda_graphs: let Helix run inside CUDA graphs that no cell has proved: for validation (`cuda_graphs.py`).
     proof_dir: folder for each worker's proof of path; None writes none.
     combine: which implementation of the `a2a` combine runs: `auto`, `upstream` (vLLM's own), or ours: `torch`,
         `triton`, `direct` (`exchange.py`).

@@ -50,7 +50,9 @@ def activate(config, options: HelixOptions, rank: int) -> None:
     else:
         from helix_runtime.vllm_plugin import exchange
 
-        _install_on_cuda(layout.use_mla, config.attention_config.backend)
+        backend = config.attention_config.backend
+        options = exchange.meant_on_cuda(options, layout.use_mla, backend and backend.name)
+        _install_on_cuda(layout.use_mla, backend)
         exchange.install_on_cuda(options.combine)
         if options.proof_dir:
             from helix_runtime.vllm_plugin import device_proof

@@ -229,7 +229,7 @@ def test_commands_are_those_of_the_layout():
     )
     assert row.command == (
         f"vllm serve {NEMOTRON} --tensor-parallel-size 16 --decode-context-parallel-size 2 --helix-mode "
-        "--attention-backend FLASH_ATTN --max-model-len 8192 --kv-cache-dtype fp8 --enforce-eager"
+        "--attention-backend FLASH_ATTN --max-model-len 8192 --kv-cache-dtype fp8"
     )
     assert "has not proved Helix with an fp8 KV cache" in row.refused_today
 

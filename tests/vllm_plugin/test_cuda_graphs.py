@@ -35,7 +35,7 @@ def test_on_cuda_with_graphs_it_is_let_through(admit):
         ({"cuda": False}, "needs a CUDA device"),
         ({"share_gpu": True}, "cannot capture; drop one of them"),
         ({"eager": True}, "there are no CUDA graphs to try"),
-        ({"v2": False}, "V2 model runner only; unset VLLM_USE_V2_MODEL_RUNNER"),
+        ({"v2": False}, "V2 model runner only, .*; unset VLLM_USE_V2_MODEL_RUNNER"),
     ],
 )
 def test_what_cannot_be_proved_is_refused(admit, asked, says):
@@ -44,9 +44,20 @@ def test_what_cannot_be_proved_is_refused(admit, asked, says):
 
 
 def test_the_option_lifts_the_refusal_of_graphs_and_no_other():
-    assert "unproved_cuda_graphs" in plugin_refusal_on_cuda("FLASH_ATTN", False, eager=False)
-    assert plugin_refusal_on_cuda("FLASH_ATTN", False, eager=False, unproved_cuda_graphs=True) is None
+    refused = plugin_refusal_on_cuda("FLASHINFER", False, eager=False)
+    assert "unproved_cuda_graphs" in refused and "--attention-backend FLASH_ATTN " in refused
+    assert plugin_refusal_on_cuda("FLASHINFER", False, eager=False, unproved_cuda_graphs=True) is None
+    assert plugin_refusal_on_cuda("FLASHINFER", False, eager=False, graph_mode="NONE") is None
     assert "no cell has proved" in plugin_refusal_on_cuda("TRITON_ATTN", False, False, unproved_cuda_graphs=True)
+
+
+def test_what_cells_have_judged_needs_no_option():
+    for backend, mla in (("FLASH_ATTN", False), ("FLASHMLA", True), ("FLASH_ATTN_MLA", True)):
+        for mode in (None, "PIECEWISE", "FULL_AND_PIECEWISE", "FULL"):
+            assert plugin_refusal_on_cuda(backend, mla, eager=False, graph_mode=mode) is None
+    other = plugin_refusal_on_cuda("FLASH_ATTN", False, eager=False, graph_mode="FULL_DECODE_ONLY")
+    assert "mode FULL_DECODE_ONLY; allowed: PIECEWISE, FULL_AND_PIECEWISE, FULL" in other
+    assert "no cell has proved Helix with TRITON_MLA inside" in plugin_refusal_on_cuda("TRITON_MLA", True, eager=False)
 
 
 def test_on_cpu_the_gate_says_so(engine_config):

@@ -7,7 +7,7 @@ import torch
 
 from helix_runtime.combine.select import Chosen
 from helix_runtime.vllm_plugin import exchange
-from helix_runtime.vllm_plugin.options import helix_options
+from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
 
@@ -103,3 +103,20 @@ def test_a_decode_batch_in_micro_batches_is_the_same_numbers():
     whole = Context.combine(*paged_partial_attention(**read, local_seq_lens=read["seq_lens"], **common))
     torch.testing.assert_close(merged, whole)
     assert Context.proof.counted == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "helix", "mla", "backend", "meant"),
+    [
+        ("auto", True, False, "FLASH_ATTN", "direct"),
+        ("auto", True, False, "FLASHINFER", "upstream"),
+        ("auto", True, False, None, "upstream"),
+        ("auto", True, True, "FLASHMLA", "upstream"),
+        ("auto", False, False, "FLASH_ATTN", "upstream"),  # standard DCP stays stock
+        ("upstream", True, False, "FLASH_ATTN", "upstream"),
+        ("triton", True, True, "FLASHMLA", "triton"),
+    ],
+)
+def test_auto_on_cuda_is_ours_where_cells_have_judged_it(asked, helix, mla, backend, meant):
+    options = HelixOptions(helix_mode=helix, combine=asked)
+    assert exchange.meant_on_cuda(options, mla, backend).combine == meant
