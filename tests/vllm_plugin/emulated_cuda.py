@@ -237,6 +237,7 @@ class _Planned:
 class _Paged(_Planned):
     def __init__(self, workspace, kv_layout="NHD", backend="auto", use_tensor_cores=False, use_cuda_graph=False, **how):
         self.kv_layout, self.is_cuda_graph_enabled = kv_layout, use_cuda_graph
+        self._pin_memory_int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
 
     def _read(self, cache):
         heads_first = self.kv_layout == "HND"
@@ -271,7 +272,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Planned):
     def __init__(self, workspace, kv_layout="NHD"):
-        pass
+        self._pin_memory_int_workspace_buffer = torch.zeros(8, dtype=torch.uint8)
 
     def plan(
         self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo=None, *, causal=False,

@@ -52,7 +52,7 @@ class Case:
     comm: str
     interleave: int
     block: int = 16
-    combine: str = "auto"
+    combine: str = "upstream"
     fault: str | None = None
 
     @property

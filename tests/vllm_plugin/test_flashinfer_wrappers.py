@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helix_runtime.attention import dense_attention_fp64
-from helix_runtime.vllm_plugin.flashinfer_wrappers import OwnedHeads, QueriesAreThere
+from helix_runtime.vllm_plugin.flashinfer_wrappers import OwnedHeads, QueriesAreThere, schedule_in_plain_memory
 
 
 class Ragged:
@@ -48,3 +48,15 @@ def test_each_rank_attends_its_own_heads_of_the_new_tokens(heads, kv_heads, kvp)
     whole, whole_lse = dense_attention_fp64(query, key, value, scale=0.5, causal=True)
     torch.testing.assert_close(torch.cat([output for output, _ in parts], 1), whole)
     torch.testing.assert_close(torch.cat([lse for _, lse in parts], 1), whole_lse)
+
+
+def test_a_schedule_goes_to_memory_of_its_own_of_the_same_size():
+    """That it is not page-locked shows on a GPU alone: a CPU build has no such memory to tell it from."""
+    wrapper = Ragged()
+    wrapper._pin_memory_int_workspace_buffer = pinned = torch.zeros(64, dtype=torch.uint8)
+    schedule_in_plain_memory(wrapper)
+    plain = wrapper._pin_memory_int_workspace_buffer
+    assert (plain.shape, plain.dtype) == (pinned.shape, pinned.dtype) and plain.data_ptr() != pinned.data_ptr()
+    assert not plain.is_pinned()
+    with pytest.raises(AttributeError):
+        schedule_in_plain_memory(Ragged())
