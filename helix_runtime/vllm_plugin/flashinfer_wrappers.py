@@ -19,7 +19,7 @@ def schedule_in_plain_memory(wrapper) -> None:
     """Let FlashInfer write a wrapper's schedule to memory that is not page-locked, so that its copy is taken at once.
 
     `plan` fills one page-locked buffer, uint8 on the host, and queues its copy to the device. The next `plan` fills it
-    again, while that copy still waits if the device is a step behind, as it may be under vLLM's asynchronous scheduling;
+    again, while that copy still waits if the device is a step behind, as may be under vLLM's asynchronous scheduling;
     the step before then reads the schedule of the step after: wrong answers, or addresses that do not exist. From plain
     memory the driver takes the bytes before the call returns. Source: FlashInfer 0.7 `attention/scheduler.cuh`;
     vllm#40756. Raises AttributeError where FlashInfer has no such buffer any more.
