@@ -3,11 +3,13 @@
     python -m benchmarks.links [--json PATH] [FILE ...]        FILE: default benchmarks/results/exchange-*.json
 
 The planner says that a collective among N ranks of one host takes `latency + per_doubling * log2(N) + bytes / rate`,
-one latency for all of them. Both latencies and a rate for each collective are fitted to the bare collectives in the
-files, by least squares of relative errors, none negative. The error is of sizes that the fit has not seen: each size is
-left out in turn. Whole exchanges are then predicted as the planner does, with its own pack and combine, and compared.
-With one number of ranks only, `per_doubling` is not in the data and stays the planner's. What comes out belongs into
-`helix_runtime/planner/hardware.json`; efficiencies the planner reads from the files itself.
+and an All-to-All `large` more where a peer gets more than 16 KB, as NCCL then takes another protocol. All of it is
+fitted, collective by collective, to the bare collectives in the files, by least squares of relative errors, none
+negative. The error is of sizes that the fit has not seen: each is left out in turn, with those of as many ranks whose
+bytes differ by less than a tenth. Whole exchanges are then predicted as the planner does, with its own pack and
+combine, and compared. With one number of ranks only, `per_doubling` is not in the data and stays the planner's. What
+comes out belongs into `helix_runtime/planner/hardware.json`; efficiencies the planner reads from the files itself.
+All-reduces are fitted to be shown: a server of one host has vLLM's own instead of NCCL's.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from helix_runtime.planner.calibration import calibrate
-from helix_runtime.planner.hardware import Gpu, named_gpu
+from helix_runtime.planner.hardware import LL_BYTES, Gpu, named_gpu
 
 FOLDER = Path(__file__).resolve().parent / "results"
 BARE = ("all_to_all", "all_gather", "all_reduce")
@@ -42,19 +44,25 @@ class Point:
     rows: int  # batch x heads of one destination
     head_dim: int
 
+    @property
+    def large(self) -> bool:
+        """Whether each peer gets more than NCCL sends by its protocol of short waits."""
+        return self.sent > LL_BYTES * (self.ranks - 1)
+
 
 @dataclass(frozen=True)
-class Links:
-    """Microseconds, and bytes a second of each collective. `fixed`: whether `per_doubling` is the planner's own."""
+class Link:
+    """One collective: microseconds, and bytes a second. `fixed`: whether `per_doubling` is the planner's own."""
 
     latency: float
     per_doubling: float
-    rates: dict[str, float]
+    large: float
+    rate: float
     fixed: bool
 
-    def us(self, point: Point, collective: str | None = None) -> float:
-        moved = point.sent / self.rates[collective or point.name] * 1e6
-        return self.latency + self.per_doubling * math.log2(point.ranks) + moved
+    def us(self, point: Point) -> float:
+        waits = self.latency + self.per_doubling * math.log2(point.ranks) + self.large * point.large
+        return waits + point.sent / self.rate * 1e6
 
 
 @dataclass(frozen=True)
@@ -84,50 +92,54 @@ def read(files: Sequence[Path]) -> tuple[Gpu, list[Point]]:
     return gpu, points
 
 
-def fit(points: Sequence[Point], per_doubling: float) -> Links:
-    """The links of bare collectives. `per_doubling`: taken where only one number of ranks was measured."""
-    names = [name for name in BARE if any(point.name == name for point in points)]
+def fit(points: Sequence[Point], gpu: Gpu) -> Link:
+    """The link of one bare collective. The planner's `per_doubling` is taken where one number of ranks was measured."""
+    (name,) = {point.name for point in points}
+    per_doubling = gpu.wait(kind_of(name)).per_doubling * 1e6
     fixed = len({point.ranks for point in points}) < 2
     us = np.array([point.us for point in points])
     steps = np.array([math.log2(point.ranks) for point in points])
-    aims = us - per_doubling * steps if fixed else us
-    columns = [np.ones(len(points)), np.zeros(len(points)) if fixed else steps]
-    columns += [np.array([point.sent * 1e-6 if point.name == name else 0.0 for point in points]) for name in names]
-    relative, wanted = np.array(columns).T / us[:, None], aims / us
-    best, missed = np.zeros(len(columns)), math.inf
-    rates = list(range(2, len(columns)))
-    for free in (free for size in range(3) for free in combinations((0,) if fixed else (0, 1), size)):
-        chosen = [*free, *rates]
-        found, *_ = np.linalg.lstsq(relative[:, chosen], wanted, rcond=None)
-        off = float(((relative[:, chosen] @ found - wanted) ** 2).sum())
-        if (found >= 0).all() and (found[len(free) :] > 0).all() and off < missed:
-            best, missed = np.zeros(len(columns)), off
+    large = np.array([float(name == "all_to_all" and point.large) for point in points])
+    columns = np.array([np.ones(len(points)), steps, large, [point.sent * 1e-6 for point in points]]).T / us[:, None]
+    wanted = (us - per_doubling * steps if fixed else us) / us
+    may = [0, *([] if fixed else [1]), *([2] if np.ptp(large) else [])]
+    best, missed = np.zeros(4), math.inf
+    for free in (free for size in range(len(may) + 1) for free in combinations(may, size)):
+        chosen = [*free, 3]
+        found, *_ = np.linalg.lstsq(columns[:, chosen], wanted, rcond=None)
+        off = float(((columns[:, chosen] @ found - wanted) ** 2).sum())
+        if (found >= 0).all() and found[-1] > 0 and off < missed:
+            best, missed = np.zeros(4), off
             best[chosen] = found
     if math.isinf(missed):
-        raise ValueError("no latency and rates above 0 tell these times: they do not grow with the bytes")
-    rate = {name: 1e12 / value for name, value in zip(names, best[2:], strict=True)}
-    return Links(float(best[0]), per_doubling if fixed else float(best[1]), rate, fixed)
+        raise ValueError(f"no latency and rate above 0 tell the times of {name}: they do not grow with the bytes")
+    latency, grows, more, slope = (float(value) for value in best)
+    return Link(latency, per_doubling if fixed else grows, more, 1e12 / slope, fixed)
 
 
-def unseen(points: Sequence[Point], per_doubling: float) -> dict[str, Told]:
-    """How well each collective's times are told by fits to all other sizes."""
-    ratios: dict[str, list[float]] = {}
-    for case in dict.fromkeys(point.case for point in points):
-        links = fit([point for point in points if point.case != case], per_doubling)
-        for point in (point for point in points if point.case == case):
-            ratios.setdefault(point.name, []).append(links.us(point) / point.us)
-    return {name: told(found) for name, found in ratios.items()}
+def kind_of(name: str) -> str:
+    """What the planner calls a collective."""
+    return name.replace("_", "-")
 
 
-def exchanges(points: Sequence[Point], links: Links, gpu: Gpu) -> dict[str, Told]:
-    """How well whole exchanges through one All-to-All are told: the links, and the planner's pack and combine."""
+def unseen(points: Sequence[Point], gpu: Gpu) -> Told:
+    """How well one collective's times are told by fits to all other sizes."""
+    ratios = []
+    for one in points:
+        others = [o for o in points if o.ranks != one.ranks or abs(math.log(o.sent / one.sent)) > math.log(1.1)]
+        ratios.append(fit(others, gpu).us(one) / one.us)
+    return told(ratios)
+
+
+def exchanges(points: Sequence[Point], link: Link, gpu: Gpu) -> dict[str, Told]:
+    """How well whole exchanges through one All-to-All are told: its link, and the planner's pack and combine."""
     kernels = calibrate(gpu.key)
     ratios: dict[str, list[float]] = {}
     for point in points:
         one = point.rows * (2 * point.head_dim + 4) / gpu.bandwidth
         seconds = kernels["pack"].predict(2 * point.ranks * one, point.ranks)
         seconds += kernels["combine"].predict((point.ranks + 1) * one, point.ranks)
-        ratios.setdefault(point.name, []).append((links.us(point, "all_to_all") + seconds * 1e6) / point.us)
+        ratios.setdefault(point.name, []).append((link.us(point) + seconds * 1e6) / point.us)
     return {name: told(found) for name, found in ratios.items()}
 
 
@@ -138,21 +150,30 @@ def told(ratios: Sequence[float]) -> Told:
 
 def report(gpu: Gpu, points: Sequence[Point]) -> dict:
     """Everything that is printed."""
-    bare = [point for point in points if point.name in BARE]
     whole = [point for point in points if point.name not in BARE and "ag_rs" not in point.name]
-    doubling = gpu.latency_per_doubling * 1e6
-    links = fit(bare, doubling)
+    bare = {name: [point for point in points if point.name == name] for name in BARE}
+    links = {name: fit(found, gpu) for name, found in bare.items() if found}
     return {
         "gpu": gpu.key,
         "ranks": sorted({point.ranks for point in points}),
-        "latency_us": round(links.latency, 2),
-        "latency_us_per_doubling": round(links.per_doubling, 2),
-        "per_doubling_is_the_planners": links.fixed,
-        "planner_has": {"latency_us": gpu.latency * 1e6, "latency_us_per_doubling": doubling},
-        "rate_gbps": {name: round(rate / 1e9, 1) for name, rate in links.rates.items()},
-        "efficiency": {name: round(rate / gpu.link, 3) for name, rate in links.rates.items()},
-        "unseen_sizes": {name: dataclasses.asdict(one) for name, one in unseen(bare, doubling).items()},
-        "whole_exchanges": {name: dataclasses.asdict(one) for name, one in exchanges(whole, links, gpu).items()},
+        "collectives": {
+            kind_of(name): {
+                "latency_us": round(link.latency, 2),
+                "latency_us_per_doubling": round(link.per_doubling, 2),
+                "per_doubling_is_the_planners": link.fixed,
+                "large_us": round(link.large, 2),
+                "planner_has_us": {
+                    field: round(value * 1e6, 2) for field, value in dataclasses.asdict(gpu.wait(kind_of(name))).items()
+                },
+                "rate_gbps": round(link.rate / 1e9, 1),
+                "efficiency": round(link.rate / gpu.link, 3),
+                "unseen_sizes": dataclasses.asdict(unseen(bare[name], gpu)),
+            }
+            for name, link in links.items()
+        },
+        "whole_exchanges": {
+            name: dataclasses.asdict(one) for name, one in exchanges(whole, links["all_to_all"], gpu).items()
+        },
     }
 
 

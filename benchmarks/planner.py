@@ -53,7 +53,8 @@ def steps(file: Path) -> list[Step]:
     """Every step in `file` with the planner's prediction for one layer: no links, and no output embedding."""
     document = json.loads(file.read_text())
     gpu = named_gpu(document["device"])
-    alone = replace(gpu, link=math.inf, network=math.inf, latency=0.0, latency_per_doubling=0.0, network_latency=0.0)
+    alone = replace(gpu, link=math.inf, network=math.inf, network_latency=0.0)
+    alone = replace(alone, latency=0.0, latency_per_doubling=0.0, collectives={})
     found = []
     for row in document["rows"]:
         if row["operation"] != "step":

@@ -1,10 +1,11 @@
 """How far the real kernels stay behind the data sheet: fitted to measurements, with a band from leaving cases out.
 
-A kernel takes `overhead + per_rank * ranks + roofline / efficiency`, fitted by least squares of relative errors, none
-of the three negative. The band is the 90th percentile of |log(predicted / measured)| when every measurement in turn is
-predicted by a fit to the other cases: one case, such as a batch at a context, is measured in several files and by
-several kernels, and its own repetition would foretell it too well. What nobody has measured is an assumption, says so,
-and has a wide band.
+A kernel takes `overhead + per_rank * ranks + roofline / efficiency`, an All-to-All `large` more where its messages are
+(`hardware.LL_BYTES`), fitted by least squares of relative errors, none of them negative. Of a collective's fit the
+planner takes the efficiency; what it waits is in `hardware.json`. The band is the 90th percentile of
+|log(predicted / measured)| when every measurement in turn is predicted by a fit to the other cases: one case, such as a
+batch at a context, is measured in several files and by several kernels, and its own repetition would foretell it too
+well. What nobody has measured is an assumption, says so, and has a wide band.
 """
 
 import math
@@ -33,13 +34,14 @@ ASSUMED_BAND, CARRIED_BAND = math.log(1.35), math.log(1.15)
 #: A fit never claims to be better than this.
 SMALLEST_BAND = math.log(1.02)
 
-#: Which series of a measurement is what a server runs; other classes take all.
-_SERVED = {"pack": "vllm", "combine": "vllm"}
+#: Which series of a measurement is what a server runs; other classes take all. vLLM reduces over a TP group of one host
+#: by kernels of its own, up to 8 MB, so that what NCCL's all-reduce takes says nothing of it.
+_SERVED = {"pack": "vllm", "combine": "vllm", "all-reduce": "vllm"}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Right within a factor of exp(±band) nine times out of ten. `overhead`, `per_rank`: seconds."""
+    """Right within a factor of exp(±band) nine times out of ten. `overhead`, `per_rank`, `large`: seconds."""
 
     efficiency: float
     overhead: float = 0.0
@@ -47,14 +49,15 @@ class Fit:
     band: float = ASSUMED_BAND
     n: int = 0
     source: str = "assumed"
+    large: float = 0.0
 
     @property
     def measured(self) -> bool:
         return self.n > 0
 
-    def predict(self, roofline: Seconds, ranks: Seconds = 1) -> Seconds:
+    def predict(self, roofline: Seconds, ranks: Seconds = 1, large: bool = False) -> Seconds:
         """Seconds, from those that the data sheet would take."""
-        return self.overhead + self.per_rank * ranks + roofline / self.efficiency
+        return self.overhead + self.per_rank * ranks + roofline / self.efficiency + self.large * large
 
 
 #: Where nothing was measured.
@@ -100,21 +103,23 @@ IDEAL = Calibration({kind: Fit(1.0, band=SMALLEST_BAND, source="data sheet") for
 
 
 def fit(measurements: Sequence[Measurement]) -> Fit:
-    """Least squares of relative errors over overhead, time a rank and roofline, of those that come out positive."""
-    columns = np.array([(1.0, one.ranks, one.roofline) for one in measurements])
+    """Least squares of relative errors over overhead, time a rank, roofline and what large messages wait, of those that
+    come out positive."""
+    columns = np.array([(1.0, one.ranks, one.roofline, one.large) for one in measurements])
     seconds = np.array([one.seconds for one in measurements])
     relative = columns / seconds[:, None]
-    best, error = np.zeros(3), math.inf
-    varied = [at for at in range(3) if at == 0 or np.ptp(columns[:, at]) > 0]
+    best, error = np.zeros(4), math.inf
+    varied = [at for at in range(4) if at == 0 or np.ptp(columns[:, at]) > 0]
     for size in range(1, len(varied) + 1):
         for chosen in map(list, combinations(varied, size)):
             found, *_ = np.linalg.lstsq(relative[:, chosen], np.ones_like(seconds), rcond=None)
             missed = float(((relative[:, chosen] @ found - 1) ** 2).sum())
             if (found >= 0).all() and missed < error:
-                best, error = np.zeros(3), missed
+                best, error = np.zeros(4), missed
                 best[chosen] = found
-    overhead, per_rank, slope = (float(value) for value in best)
-    return Fit(1 / slope if slope > 0 else math.inf, overhead=overhead, per_rank=per_rank, n=len(measurements))
+    overhead, per_rank, slope, large = (float(value) for value in best)
+    efficiency = 1 / slope if slope > 0 else math.inf
+    return Fit(efficiency, overhead=overhead, per_rank=per_rank, large=large, n=len(measurements))
 
 
 def left_out_errors(measurements: Sequence[Measurement]) -> list[float]:
@@ -126,7 +131,7 @@ def left_out_errors(measurements: Sequence[Measurement]) -> list[float]:
     for at, one in enumerate(measurements):
         cases = [other for other in measurements if other.case != one.case]
         others = fit(cases if len(cases) >= ENOUGH - 1 else [*measurements[:at], *measurements[at + 1 :]])
-        errors.append(math.log(max(others.predict(one.roofline, one.ranks), 1e-12) / one.seconds))
+        errors.append(math.log(max(others.predict(one.roofline, one.ranks, one.large), 1e-12) / one.seconds))
     return errors
 
 

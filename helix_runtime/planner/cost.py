@@ -11,7 +11,7 @@ import numpy as np
 
 from helix_runtime.planner.calibration import EAGER_LAUNCH, Calibration
 from helix_runtime.planner.grid import A2A, AG_RS, Grid
-from helix_runtime.planner.hardware import BYTES, Gpu
+from helix_runtime.planner.hardware import BYTES, LL_BYTES, Gpu
 from helix_runtime.planner.weights import Weights, weights_of
 from helix_runtime.shapes import ModelShape
 
@@ -130,7 +130,7 @@ def prefill(workload: Workload, gpu: Gpu, calibration: Calibration, grid: Grid, 
         heads = shape.num_query_heads / grid.tpa
         over = tokens * heads * (2 * shape.head_size * ACTIVATION + LSE) * peers
     rounds = np.ceil(tokens / chunk)
-    wait = 2 * rounds * latency(grid.kvp, gpu)
+    wait = 2 * rounds * latency(grid.kvp, gpu, "all-gather")
     return seconds + np.where(shared, layers * (_moved(over, grid.kvp, gpu, calibration, "all-to-all") + wait), 0)
 
 
@@ -168,10 +168,12 @@ def hop_b(compute: float, communication: float, requests: int) -> tuple[float, f
     return serial, compute + (requests - 1) * max(compute, communication) + communication
 
 
-def latency(ranks: np.ndarray, gpu: Gpu) -> np.ndarray:
-    """Seconds of a collective of a few bytes."""
-    ranks = np.asarray(ranks, float)
-    within = gpu.latency + gpu.latency_per_doubling * np.log2(np.maximum(ranks, 1))
+def latency(ranks: np.ndarray, gpu: Gpu, kind: str, chunk: np.ndarray | float = 0.0) -> np.ndarray:
+    """Seconds of a collective without those of its bytes, of which every peer gets `chunk`."""
+    ranks, wait = np.asarray(ranks, float), gpu.wait(kind)
+    within = (
+        wait.latency + wait.per_doubling * np.log2(np.maximum(ranks, 1)) + np.where(chunk > LL_BYTES, wait.large, 0)
+    )
     return np.where(ranks > 1, within + np.where(ranks > gpu.domain, gpu.network_latency, 0), 0)
 
 
@@ -233,10 +235,11 @@ def _collectives(
     partial = mla.kv_lora_rank if mla else shape.head_size
     owned, peers = batch * shape.num_query_heads / ranks, grid.kvp - 1
     gather = _moved(peers * owned * query * ACTIVATION, grid.kvp, gpu, calibration, "all-gather")
-    gather = np.where(grid.gathers, gather + latency(grid.kvp, gpu), 0)
+    gather = np.where(grid.gathers, gather + latency(grid.kvp, gpu, "all-gather"), 0)
     row = partial * ACTIVATION + LSE
     moved = _moved(peers * owned * row, grid.kvp, gpu, calibration, "all-to-all")
-    waits = np.where(grid.merge == AG_RS, 2, 1) * latency(grid.kvp, gpu)
+    once, twice = latency(grid.kvp, gpu, "all-to-all", owned * row), 2 * latency(grid.kvp, gpu, "all-gather")
+    waits = np.where(grid.merge == AG_RS, twice, once)
     # Pack reads and writes every partial; combine reads them and writes one.
     one = owned * row / gpu.bandwidth
     kernels = calibration["pack"].predict(2 * grid.kvp * one, grid.kvp)
@@ -258,7 +261,7 @@ def _all_reduce(nbytes: np.ndarray | float, ranks: np.ndarray, gpu: Gpu, calibra
     inside = 2 * nbytes * (1 - 1 / np.maximum(ranks, 1)) / gpu.link
     outside = np.where(ranks > gpu.domain, 2 * nbytes / gpu.domain / gpu.network, 0)
     moved = (inside + outside) / calibration["all-reduce"].efficiency
-    return np.where(ranks > 1, moved + latency(ranks, gpu), 0)
+    return np.where(ranks > 1, moved + latency(ranks, gpu, "all-reduce"), 0)
 
 
 def _moved(nbytes: np.ndarray, ranks: np.ndarray, gpu: Gpu, calibration: Calibration, kind: str) -> np.ndarray:

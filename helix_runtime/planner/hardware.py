@@ -12,8 +12,22 @@ BYTES = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
 _WIDER = {"fp4": "fp8", "fp8": "bf16"}
 
 
+#: NCCL sends up to this many bytes to a peer by a protocol that waits less (LL; `NCCL_P2P_LL_THRESHOLD`, a channel).
+LL_BYTES = 16384
+
+
 class PlannerError(ValueError):
     """A question that cannot be answered; the text says what is allowed and what to try."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Seconds of a collective of a few bytes on one rank, extrapolated, how they grow with every doubling of the ranks,
+    and what is added where a peer gets more than `LL_BYTES`."""
+
+    latency: float
+    per_doubling: float
+    large: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +47,11 @@ class Gpu:
     latency_per_doubling: float  # … with every doubling of the ranks, and beyond a domain by
     network_latency: float
     sources: tuple[str, ...]
+    collectives: dict[str, Wait]  # of those that were measured, in place of the two latencies above
+
+    def wait(self, kind: str) -> Wait:
+        """Of `all-reduce`, `all-to-all` or `all-gather`."""
+        return self.collectives.get(kind, Wait(self.latency, self.latency_per_doubling))
 
     def arithmetic(self, dtype: str) -> float:
         """flop/s with operands of `dtype`; the next wider one where the GPU has none."""
@@ -66,6 +85,10 @@ def load_gpu(name: str, file: Path = FILE) -> Gpu:
         latency_per_doubling=entry["latency_us_per_doubling"] * 1e-6,
         network_latency=entry["network_latency_us"] * 1e-6,
         sources=tuple(entry["sources"]),
+        collectives={
+            kind: Wait(**{name: us * 1e-6 for name, us in waits.items()})
+            for kind, waits in entry.get("collectives_us", {}).items()
+        },
     )
 
 

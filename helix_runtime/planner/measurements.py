@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from helix_runtime.planner.hardware import Gpu, named_gpu
+from helix_runtime.planner.hardware import LL_BYTES, Gpu, named_gpu
 
 #: `operation` starts with -> the term that it calibrates.
 CLASSES = {
@@ -38,7 +38,8 @@ _COPY, _EMPTY = "copy_", "empty"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured time. `roofline`: seconds that the data sheet would take; `kind`: a class, `stream` or `launch`."""
+    """One measured time. `roofline`: seconds that the data sheet would take; `kind`: a class, `stream` or `launch`;
+    `large`: whether an All-to-All sends a peer more than `LL_BYTES`."""
 
     kind: str
     series: str
@@ -48,6 +49,7 @@ class Measurement:
     device: str
     source: str
     ranks: int = 1
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _of_row(row: dict, gpu: Gpu, source: str) -> Iterator[Measurement]:
     memory = nbytes / (gpu.link if kind.startswith("all-") else gpu.bandwidth)
     roofline = max(memory, flops / gpu.arithmetic(row.get("dtype", "bf16")))
     case = f"{operation} {row.get('case', '')}".strip()
+    large = kind == "all-to-all" and nbytes > LL_BYTES * (ranks - 1)
     times = row["us"] if isinstance(row["us"], dict) else {"": row["us"]}
     for series, value in times.items():
         seconds = float(value[0] if isinstance(value, list) else value) * 1e-6
@@ -106,4 +109,4 @@ def _of_row(row: dict, gpu: Gpu, source: str) -> Iterator[Measurement]:
         elif series.startswith(_COPY):
             yield Measurement("stream", series, case, nbytes / gpu.bandwidth, seconds, gpu.key, source)
         else:
-            yield Measurement(kind, series, case, roofline, seconds, gpu.key, source, ranks)
+            yield Measurement(kind, series, case, roofline, seconds, gpu.key, source, ranks, large)

@@ -94,11 +94,19 @@ def test_only_gathering_layouts_pay_for_a_gather():
 
 def test_a_collective_beyond_the_nvlink_domain_is_slower():
     h200 = load_gpu("h200")
-    assert latency(np.array([1, 8, 16]), h200).tolist() == pytest.approx([0, 5.9e-6, 2.6e-6 + 4.4e-6 + 15e-6])
+    waits = latency(np.array([1, 8, 16]), h200, "all-reduce").tolist()
+    assert waits == pytest.approx([0, 5.9e-6, 2.6e-6 + 4.4e-6 + 15e-6])
     work = Workload(LLAMA, 1000)
     inside = decode(work, GB200, IDEAL, grid_of(LLAMA, 16, 2, batch=64)).terms["all-reduce"][0]
     outside = decode(work, h200, IDEAL, grid_of(LLAMA, 16, 2, batch=64)).terms["all-reduce"][0]
     assert outside > 1.5 * inside
+
+
+def test_an_all_to_all_of_large_messages_waits_longer_where_that_was_measured():
+    wait = load_gpu("h200").wait("all-to-all")
+    small, large = latency(np.array([2, 2]), load_gpu("h200"), "all-to-all", np.array([16384, 16385]))
+    assert 3e-6 < large - small == pytest.approx(wait.large) and small > 6e-6
+    assert latency(2, load_gpu("gb200"), "all-to-all", 1e6) == pytest.approx(3.7e-6), "nobody measured that one"
 
 
 def test_hop_b_of_the_papers_example():
