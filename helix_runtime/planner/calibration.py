@@ -34,8 +34,8 @@ ASSUMED_BAND, CARRIED_BAND = math.log(1.35), math.log(1.15)
 #: A fit never claims to be better than this.
 SMALLEST_BAND = math.log(1.02)
 
-#: Which series of a measurement is what a server runs; other classes take all. vLLM reduces over a TP group of one host
-#: by kernels of its own, up to 8 MB, so that what NCCL's all-reduce takes says nothing of it.
+#: Which series of a measurement is what a server runs; other classes take all. vLLM reduces a step's messages over a TP
+#: group of one host by a kernel of its own, so that what NCCL's all-reduce takes says nothing of it.
 _SERVED = {"pack": "vllm", "combine": "vllm", "all-reduce": "vllm"}
 
 
