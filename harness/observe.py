@@ -220,6 +220,26 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
     return Observation(verdict, judgement.reason, judgement)
 
 
+def asked_twice(
+    seen: Observation, first: Transcript, second: Transcript, band: Band | None, cells: int = 1
+) -> Observation:
+    """`seen`, what a baseline showed, unless its answers in other batches differ from its first in single steps.
+
+    A server that errs now and then is no reference: each cell that follows its wrong step would be called wrong. `band`
+    must come from elsewhere: the run's own is made of these very two, and judges how loud it is in all.
+    """
+    if band is None:
+        return seen
+    try:
+        judgement = judge(first, second, band, cells=cells)
+    except ValueError as problem:
+        return Observation(Verdict.ERROR, f"cannot compare its two answers: {problem.args[0]}")
+    if not any("largest" in name for name in judgement.beyond):
+        return seen
+    said = f"standard TP, asked again in other batches, differs from itself: {judgement.reason}"
+    return Observation(Verdict.FAIL, said, judgement)
+
+
 def between_starts(
     seen: Observation, first: Transcript, second: Transcript, band: Band | None, cells: int = 1
 ) -> Observation:

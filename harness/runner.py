@@ -26,8 +26,8 @@ from harness.interrupts import deaf
 from harness.ledger import Ledger, clock_jumps, now, read
 from harness.localise import can_localise, describe, with_capture
 from harness.matrix import PlannedCell
-from harness.observe import Observation, between_starts, observe, with_capacity
-from harness.oracle.bands import AGAIN, BATCH, TP_SIZE, Bands
+from harness.observe import Observation, asked_twice, between_starts, observe, with_capacity
+from harness.oracle.bands import AGAIN, BATCH, TP_SIZE, Bands, elsewhere
 from harness.oracle.texts import with_texts
 from harness.passed import computing
 from harness.references import References
@@ -119,9 +119,10 @@ class _Run:
         self.results: dict[str, CellResult] = {}
         self.references = References()  # of finished baselines
         self.bands = Bands(run_dir / "bands")
-        # What is judged: each cell at each start, and each further start against the first.
-        several = 2 * max(repeat, 1) - 1
-        self.judged = several * sum(item.baseline is not None and item.skip is None for item in self.plan)
+        # What is judged: each cell at each start, each further start against the first, baselines against themselves.
+        several, here = 2 * max(repeat, 1) - 1, [item for item in self.plan if item.skip is None]
+        self.judged = several * sum(item.baseline is not None for item in here)
+        self.judged += max(repeat, 1) * sum(item.cell.baseline and item.cell.hardware != "cpu" for item in here)
         self.capacities: dict[str, int | None] = {}  # KV cache tokens of finished baselines, by key
         self.repeat = repeat
         self.setting = Setting(
@@ -332,6 +333,8 @@ class _Run:
             # A baseline is judged by its own other batches, or by the shipped band: never by its difference to TP1.
             began = time.monotonic()
             seen = observe(item, attempt, follow, self.bands.of(self._base(item)), self.judged)
+            if attempt.again is not None and seen.verdict is Verdict.PASS:
+                seen = asked_twice(seen, attempt.transcript, attempt.again, elsewhere(cell), self.judged)
             judging = Phase(name="judge", seconds=round(time.monotonic() - began, 3))
             attempt = attempt._replace(phases=(*attempt.phases, judging))
             if item.baseline:

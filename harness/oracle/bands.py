@@ -41,9 +41,12 @@ class Bands:
 
     def of(self, cell: Cell) -> Band | None:
         """The band measured with baseline `cell`, else the shipped one of its dtype and kind of model, else None."""
-        if cell.key in self.measured:
-            return self.measured[cell.key]
-        try:
-            return shipped(dtype_of(cell), cell.model)
-        except KeyError:
-            return None
+        return self.measured[cell.key] if cell.key in self.measured else elsewhere(cell)
+
+
+def elsewhere(cell: Cell) -> Band | None:
+    """The shipped band of `cell`'s dtype and kind of model, None where there is none."""
+    try:
+        return shipped(dtype_of(cell), cell.model)
+    except KeyError:
+        return None

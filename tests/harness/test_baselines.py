@@ -9,7 +9,7 @@ import harness.cell
 from harness.cell import Cell, Mode
 from harness.frozen import content_hash
 from harness.matrix import ANEW, PlannedCell, baseline_of, expand, select
-from harness.observe import observe
+from harness.observe import asked_twice, observe
 from harness.server.log import Cause
 from harness.suite import load_all
 from harness.transcript import Answer, Step, Transcript
@@ -228,6 +228,22 @@ def test_the_reference_itself_is_compared_with_nothing():
     item = ITEM.model_copy(update={"cell": REFERENCE, "baseline": None})
     found = observe(item, good(REFERENCE, transcript=free(step(-0.5, -1.5), cell=REFERENCE)), None)
     assert (found.verdict, found.reason, found.judgement) == (Verdict.PASS, "the reference: 1 prompts, 1 steps", None)
+
+
+def test_a_baseline_that_errs_in_a_single_step_when_it_is_asked_again_is_no_reference():
+    """Seen on FLASHINFER: one step of 520, in one answer of two; a median or a mean does not show it."""
+    first = free(step(-0.5, -1.5), step(-0.25, -2.0))
+    right = seen(first, first)
+    assert asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.0001)), made_band()) is right
+    assert asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.125)), None) is right
+    found = asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.125)), made_band())
+    assert (found.verdict, found.reason) == (
+        Verdict.FAIL,
+        "standard TP, asked again in other batches, differs from itself: decode: largest logprob change is 0.125 nat, "
+        "bound 0.0005; most at step 1 of prompt p",
+    )
+    other = first.model_copy(update={"workload_key": "another"})
+    assert asked_twice(right, first, other, made_band()).verdict is Verdict.ERROR
 
 
 # The chain in a run.
