@@ -193,7 +193,7 @@ def test_cells_that_share_a_gpu_are_other_cells(tmp_path):
 
 def test_the_bad_cells_of_the_committed_evidence_are_those_that_its_pages_explain():
     """A defect that could not show, which that run declared caught and suites/faults.yaml no longer does; and, on four
-    H200s, three stock servers and the cell of a wrong reference. The two of 2026-11-24-h200 have other options since."""
+    H200s, three stock servers and the cell of a wrong reference. The two of 2026-11-24 have other options since."""
     news = news_of(tracks(find_runs(ROOT / "reports")))
     (defect,) = (track for track in news.bad if track.id.endswith("/fault=lse-base-2:prefill"))
     assert defect.declared is Verdict.FAIL and len(news.left) == 2
