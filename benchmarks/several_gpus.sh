@@ -33,7 +33,9 @@ if asked exchange; then
   python3 -m benchmarks.links --json "$out/links-$name.json" "$out"/exchange-"$name"-n*.json > "$out/links.log" 2>&1
 fi
 # Most wanted first, as the suite has them: CUDA graphs, eager, our own exchanges, standard DCP; the largest layouts.
-asked cells && suite "cells-$most" 900 16 --suite several-gpus --cell "hopper/*/tp$most-*"
+# Servers of four ranks that share GPUs wait for each other's turns: eight at a time are enough (docs/recovery.md).
+jobs=$((most > 2 ? 8 : 14))
+asked cells && suite "cells-$most" 900 $jobs --suite several-gpus --cell "hopper/*/tp$most-*"
 if asked hop-b; then
   for n in $sizes; do
     part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
@@ -54,7 +56,7 @@ if asked perf; then
   suite "perf-dcp-$most" 900 1 --suite several-gpus-perf --cell "hopper/standard-dcp/*/tp$most-*"
 fi
 if asked more; then  # everything else that this host can hold
-  suite more 1800 16 --suite several-gpus
-  [ "$gpus" -ge 4 ] && suite others 1800 16 --suite standard-tp --suite standard-dcp --suite helix-gqa --suite helix-mla \
+  suite more 1800 $jobs --suite several-gpus
+  [ "$gpus" -ge 4 ] && suite others 1800 $jobs --suite standard-tp --suite standard-dcp --suite helix-gqa --suite helix-mla \
     --cell 'hopper/*/llama-*' --cell 'hopper/*/deepseek-v2*/*'
 fi
