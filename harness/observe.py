@@ -4,10 +4,13 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from harness.cell import Cell
 from harness.executors.local import Attempt
 from harness.matrix import PlannedCell
 from harness.oracle.band import Band
+from harness.oracle.compare import compare
 from harness.oracle.judge import Judgement, judge
 from harness.oracle.proof import check_proof
 from harness.result import Statistic
@@ -220,21 +223,33 @@ def _compared(item: PlannedCell, attempt: Attempt, judgement: Judgement) -> Obse
     return Observation(verdict, judgement.reason, judgement)
 
 
+#: A step that changed by more than so many times what nine in ten did is no tail of the same noise: of an exponential
+#: one, the largest of 500 is 2.7 times that.
+STANDS_OUT = 8.0
+
+
+def stands_out(first: Transcript, second: Transcript) -> bool:
+    """Whether the largest change between two answers is of another kind than the rest."""
+    changes = [step.widest for step in compare(first, second).steps]
+    return max(changes, default=0.0) > STANDS_OUT * float(np.quantile(changes, 0.9)) if changes else False
+
+
 def asked_twice(
     seen: Observation, first: Transcript, second: Transcript, band: Band | None, cells: int = 1
 ) -> Observation:
     """`seen`, what a baseline showed, unless its answers in other batches differ from its first in single steps.
 
     A server that errs now and then is no reference: each cell that follows its wrong step would be called wrong. `band`
-    must come from elsewhere: the run's own is made of these very two, and judges how loud it is in all.
+    must come from elsewhere: the run's own is made of these very two, and judges how loud it is in all. It may be of
+    quieter models, so a step must also stand out among this model's own.
     """
     if band is None:
-        return seen
+        return seen._replace(reason=f"{seen.reason}; its second answers were not compared: no band from elsewhere")
     try:
         judgement = judge(first, second, band, cells=cells)
     except ValueError as problem:
         return Observation(Verdict.ERROR, f"cannot compare its two answers: {problem.args[0]}")
-    if not any("largest" in name for name in judgement.beyond):
+    if not any("largest" in name for name in judgement.beyond) or not stands_out(first, second):
         return seen
     said = f"standard TP, asked again in other batches, differs from itself: {judgement.reason}"
     return Observation(Verdict.FAIL, said, judgement)

@@ -34,6 +34,8 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof], longest: int = 0) -> st
         for what, ran, claimed in claims:
             if ran != claimed:
                 return f"rank {proof.rank}: {what} was {ran}, the cell claims {claimed}"
+        if dict(cell.helix).get("combine", "auto") != "auto" and "fell back" in proof.combine_impl:
+            return f"rank {proof.rank}: the combine was {proof.combine_impl}, the cell asks for another"
         if not proof.impl:
             return f"rank {proof.rank} does not name the attention class that ran"
         counters = ["decode_attention", *(["decode_combine"] if cell.kvp > 1 else [])]

@@ -223,6 +223,12 @@ LATER: tuple[Surface, ...] = (
         platform="cuda",
     ),
     Surface(
+        f"{_FLASHINFER}:FlashInferMetadataBuilder._get_decode_wrapper",
+        ("self", "batch_size", "use_cudagraph"),
+        "FLASHINFER",
+        platform="cuda",
+    ),
+    Surface(
         f"{_FLASHINFER}:BatchDCPPrefillWrapper.__init__",
         ("self", "kv_layout", "workspace_buffer", "dcp_a2a"),
         "FLASHINFER",

@@ -30,6 +30,19 @@ def admit(config, options: HelixOptions) -> None:
     on_v2(config)
 
 
+def compiled(config, options: HelixOptions) -> None:
+    """Raises HelixRefusal for graphs of a model that vLLM does not compile: it turns the modes that were judged into
+    others then, after this check."""
+    compilation, graphs = config.compilation_config.mode, config.compilation_config.cudagraph_mode
+    none = graphs is not None and graphs.name == "NONE"
+    if compilation is None or compilation.name == "VLLM_COMPILE" or none or options.unproved_cuda_graphs:
+        return
+    raise HelixRefusal(
+        f"no cell has proved Helix in CUDA graphs with compilation mode {compilation.name}; allowed: VLLM_COMPILE, "
+        f"vLLM's default. Drop --compilation-config.mode (or -O0), or add --enforce-eager"
+    )
+
+
 def on_v2(config) -> None:
     """Raises HelixRefusal for CUDA graphs in vLLM's V1 model runner: no cell ran there, and no proof could count."""
     if not config.use_v2_model_runner:

@@ -25,10 +25,10 @@ from helix_runtime.vllm_plugin.options import HelixOptions
 
 log = logging.getLogger(__name__)
 
-#: Backends for which `auto` is ours between GPUs, in Helix GQA: ours is faster than vLLM's `a2a` there
-#: (benchmarks/README.md), and cells have judged it in vLLM, in CUDA graphs too (reports/2026-11-26-h200-x4). For MLA
-#: vLLM has a direct exchange of its own, about as fast.
-OURS_BY_DEFAULT = ("FLASH_ATTN",)
+#: Where `auto` is ours: Helix GQA on this backend between GPUs, eager or in these modes of CUDA graphs. Ours is faster
+#: than vLLM's `a2a` there (benchmarks/README.md), and cells have judged it inside vLLM (reports/2026-11-26-h200-x4).
+#: For MLA vLLM has a direct exchange of its own, about as fast.
+OURS_BY_DEFAULT, IN_MODES = ("FLASH_ATTN",), (None, "NONE", "FULL_AND_PIECEWISE")
 _OURS_ON_CUDA = ("triton", "direct")
 
 
@@ -50,11 +50,17 @@ def combine_of(comm: str, cpu: bool, wanted: str = "auto"):
     return make, name
 
 
-def meant_on_cuda(options: HelixOptions, use_mla: bool, backend: str | None) -> HelixOptions:
-    """`options` with what `combine: auto` means for this backend; `direct` falls back where GPUs are not peers."""
+def meant_on_cuda(
+    options: HelixOptions, use_mla: bool, backend: str | None, comm: str | None, graph_mode: str | None
+) -> HelixOptions:
+    """`options` with what `combine: auto` means for this server; `direct` falls back where GPUs are not peers.
+
+    graph_mode: vLLM's name of the mode of CUDA graphs; None for its default.
+    """
     if options.combine != "auto":
         return options
-    ours = options.helix_mode and not use_mla and backend in OURS_BY_DEFAULT
+    ours = options.helix_mode and not use_mla and backend in OURS_BY_DEFAULT and comm == "a2a"
+    ours = ours and not options.share_gpu and graph_mode in IN_MODES
     return dataclasses.replace(options, combine="direct" if ours else "upstream")
 
 

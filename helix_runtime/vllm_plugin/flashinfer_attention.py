@@ -6,8 +6,8 @@ and owns 1/KVP of them after the exchange; with the stock plan it would read KV 
 Hook: what the backend is built from, never its arithmetic. `FlashInferMetadataBuilder.__init__` (query heads are
 divided by KVP, so that the product is right again); `get_dcp_group` as that module sees it (a gather of queries gives
 back the queries); `BatchDCPPrefillWrapper.__init__` (new tokens on owned heads; the combine is counted);
-`FlashInferImpl.__init__` (the decode combine is counted); its `do_kv_cache_update`, where tokens are counted. And
-FlashInfer's wrappers, as that module sees them: a schedule is written to plain memory (`schedule_in_plain_memory`).
+`FlashInferImpl.__init__` (the decode combine is counted); its `do_kv_cache_update`, where tokens are counted. In the
+wrapper and the builder's `_get_decode_wrapper` FlashInfer's schedules go to plain memory (`schedule_in_plain_memory`).
 Upstream: vllm `v1/attention/backends/flashinfer.py`, whose combines are told base 2 by their call sites.
 Remove when: that backend takes Q/TPA heads.
 """
@@ -20,9 +20,6 @@ from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
 from helix_runtime.vllm_plugin.flashinfer_wrappers import OwnedHeads, QueriesAreThere, schedule_in_plain_memory
 
 _MODULE = "vllm.v1.attention.backends.flashinfer"
-_PLANNED = (
-    "BatchPrefillWithPagedKVCacheWrapper", "BatchPrefillWithRaggedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper",
-)  # fmt: skip
 _real_group = upstream.get_dcp_group
 
 
@@ -31,8 +28,7 @@ def install() -> None:
     patch(f"{_MODULE}:BatchDCPPrefillWrapper.__init__", _wrapper_init)
     patch(f"{_MODULE}:FlashInferImpl.__init__", _impl_init)
     patch(f"{_MODULE}:FlashInferImpl.do_kv_cache_update", _do_kv_cache_update)
-    for name in _PLANNED:
-        patch(f"{_MODULE}:{name}.__init__", _planned_init)
+    patch(f"{_MODULE}:FlashInferMetadataBuilder._get_decode_wrapper", _get_decode_wrapper)
     patch(f"{_MODULE}:get_dcp_group", lambda original: lambda: QueriesAreThere() if current().helix else original())
 
 
@@ -62,18 +58,21 @@ def _wrapper_init(original):
         context = current()
         self._dcp_combine = _counted("prefill", self._dcp_combine)
         if context.helix:
+            schedule_in_plain_memory(self._context)
+            schedule_in_plain_memory(self._new_tokens)
             self._new_tokens = OwnedHeads(self._new_tokens, context.kvp, context.kvp_rank)
 
     return __init__
 
 
-def _planned_init(original):
-    def __init__(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+def _get_decode_wrapper(original):
+    def get_decode_wrapper(self, batch_size, use_cudagraph=False):
+        wrapper = original(self, batch_size, use_cudagraph)
         if current().helix:
-            schedule_in_plain_memory(self)
+            schedule_in_plain_memory(wrapper)
+        return wrapper
 
-    return __init__
+    return get_decode_wrapper
 
 
 def _impl_init(original):

@@ -21,11 +21,13 @@ def schedule_in_plain_memory(wrapper) -> None:
     `plan` fills one page-locked buffer, uint8 on the host, and queues its copy to the device. The next `plan` fills it
     again, while that copy still waits if the device is a step behind, as may be under vLLM's asynchronous scheduling;
     the step before then reads the schedule of the step after: wrong answers, or addresses that do not exist. From plain
-    memory the driver takes the bytes before the call returns. Source: FlashInfer 0.7 `attention/scheduler.cuh`;
-    vllm#40756. Raises AttributeError where FlashInfer has no such buffer any more.
+    memory the driver takes the bytes before the call returns. A wrapper that has plain memory already is left alone.
+    Source: FlashInfer 0.7 `attention/scheduler.cuh`; vllm#40756. Raises AttributeError where there is no such buffer.
     """
-    pinned = wrapper._pin_memory_int_workspace_buffer
-    wrapper._pin_memory_int_workspace_buffer = torch.empty(pinned.shape, dtype=pinned.dtype)
+    buffer = wrapper._pin_memory_int_workspace_buffer
+    if buffer.is_pinned():
+        plain = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        wrapper._pin_memory_int_workspace_buffer = plain
 
 
 class OwnedHeads:

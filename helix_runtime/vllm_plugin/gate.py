@@ -129,6 +129,7 @@ def _admit_on_cuda(config, options: HelixOptions) -> None:
         raise HelixRefusal(refusal)
     if options.helix_mode and not eager:
         cuda_graphs.on_v2(config)
+        cuda_graphs.compiled(config, options)
     if options.fault and (problem := fault_problem(options.fault, captured=not eager)):
         raise HelixRefusal(problem)
     if options.capture:

@@ -51,7 +51,14 @@ def activate(config, options: HelixOptions, rank: int) -> None:
         from helix_runtime.vllm_plugin import exchange
 
         backend = config.attention_config.backend
-        options = exchange.meant_on_cuda(options, layout.use_mla, backend and backend.name)
+        mode = None if config.model_config.enforce_eager else config.compilation_config.cudagraph_mode
+        options = exchange.meant_on_cuda(
+            options,
+            layout.use_mla,
+            backend and backend.name,
+            config.parallel_config.dcp_comm_backend,
+            mode and mode.name,
+        )
         _install_on_cuda(layout.use_mla, backend)
         exchange.install_on_cuda(options.combine)
         if options.proof_dir:

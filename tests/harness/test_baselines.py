@@ -232,18 +232,26 @@ def test_the_reference_itself_is_compared_with_nothing():
 
 def test_a_baseline_that_errs_in_a_single_step_when_it_is_asked_again_is_no_reference():
     """Seen on FLASHINFER: one step of 520, in one answer of two; a median or a mean does not show it."""
-    first = free(step(-0.5, -1.5), step(-0.25, -2.0))
+
+    def asked(*last: float):
+        return asked_twice(right, first, free(*usual[: -len(last)], *(step(-0.25, end) for end in last)), made_band())
+
+    usual = [step(-0.25, -2.0)] * 12
+    first = free(*usual)
     right = seen(first, first)
-    assert asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.0001)), made_band()) is right
-    assert asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.125)), None) is right
-    found = asked_twice(right, first, free(step(-0.5, -1.5), step(-0.25, -2.125)), made_band())
+    assert asked(-2.0001) is right
+    found = asked(-2.125)
     assert (found.verdict, found.reason) == (
         Verdict.FAIL,
         "standard TP, asked again in other batches, differs from itself: decode: largest logprob change is 0.125 nat, "
-        "bound 0.0005; most at step 1 of prompt p",
+        "bound 0.0005; most at step 11 of prompt p",
     )
+    # A model that is louder than those of the band: many steps change alike, none stands out.
+    assert asked(*(-2.0 - 0.125 * part for part in (0.3, 0.5, 0.2, 0.6, 0.4, 1.0))) is right
     other = first.model_copy(update={"workload_key": "another"})
     assert asked_twice(right, first, other, made_band()).verdict is Verdict.ERROR
+    unknown = asked_twice(right, first, first, None)
+    assert unknown.verdict is Verdict.PASS and unknown.reason.endswith("not compared: no band from elsewhere")
 
 
 # The chain in a run.

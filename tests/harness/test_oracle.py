@@ -238,6 +238,14 @@ def test_each_claim_is_checked(changes, said):
     assert said in check_proof(CELL, proofs(**changes))
 
 
+def test_a_combine_that_was_asked_for_by_name_must_not_be_another():
+    fell = proofs(combine_impl="helix_runtime.combine.triton (fell back: direct: ranks share a GPU)")
+    assert check_proof(CELL, fell) is None  # nobody asked: the record says what ran
+    asked = CELL.model_copy(update={"helix": (("combine", "direct"),)})
+    assert check_proof(asked, proofs()) is None
+    assert "(fell back: direct: ranks share a GPU), the cell asks for another" in check_proof(asked, fell)
+
+
 GRAPHS = {"cudagraph_mode": "FULL_AND_PIECEWISE", "graphs_captured": 5, "counters": RAN | {"replayed_combine": 9}}
 
 

@@ -60,6 +60,28 @@ def test_what_cells_have_judged_needs_no_option():
     assert "no cell has proved Helix with TRITON_MLA inside" in plugin_refusal_on_cuda("TRITON_MLA", True, eager=False)
 
 
+@pytest.mark.parametrize(
+    ("mode", "graphs", "options", "refused"),
+    [
+        (None, None, {}, False),
+        ("VLLM_COMPILE", "FULL", {}, False),
+        ("NONE", "NONE", {}, False),  # no graphs at all
+        ("NONE", None, {}, True),
+        ("STOCK_TORCH_COMPILE", "FULL_AND_PIECEWISE", {}, True),
+        ("NONE", None, {"unproved_cuda_graphs": True}, False),
+    ],
+)
+def test_graphs_of_a_model_that_is_not_compiled_are_others_than_were_judged(mode, graphs, options, refused):
+    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+
+    asked = SimpleNamespace(mode=mode and CompilationMode[mode], cudagraph_mode=graphs and CUDAGraphMode[graphs])
+    config = SimpleNamespace(compilation_config=asked)
+    if not refused:
+        return cuda_graphs.compiled(config, HelixOptions(helix_mode=True, **options))
+    with pytest.raises(HelixRefusal, match=f"compilation mode {mode}; allowed: VLLM_COMPILE"):
+        cuda_graphs.compiled(config, HelixOptions(helix_mode=True, **options))
+
+
 def test_on_cpu_the_gate_says_so(engine_config):
     with pytest.raises(HelixRefusal, match="unproved_cuda_graphs needs a CUDA device"):
         engine_config(

@@ -106,17 +106,23 @@ def test_a_decode_batch_in_micro_batches_is_the_same_numbers():
 
 
 @pytest.mark.parametrize(
-    ("asked", "helix", "mla", "backend", "meant"),
+    ("changed", "meant"),
     [
-        ("auto", True, False, "FLASH_ATTN", "direct"),
-        ("auto", True, False, "FLASHINFER", "upstream"),
-        ("auto", True, False, None, "upstream"),
-        ("auto", True, True, "FLASHMLA", "upstream"),
-        ("auto", False, False, "FLASH_ATTN", "upstream"),  # standard DCP stays stock
-        ("upstream", True, False, "FLASH_ATTN", "upstream"),
-        ("triton", True, True, "FLASHMLA", "triton"),
+        ({}, "direct"),
+        ({"mode": "FULL_AND_PIECEWISE"}, "direct"),
+        ({"mode": "PIECEWISE"}, "upstream"),
+        ({"backend": "FLASHINFER"}, "upstream"),
+        ({"backend": None}, "upstream"),
+        ({"backend": "FLASHMLA", "mla": True}, "upstream"),
+        ({"comm": "ag_rs"}, "upstream"),
+        ({"share_gpu": True}, "upstream"),
+        ({"helix_mode": False}, "upstream"),  # standard DCP stays stock
+        ({"combine": "upstream"}, "upstream"),
+        ({"combine": "triton", "mode": "FULL"}, "triton"),
     ],
 )
-def test_auto_on_cuda_is_ours_where_cells_have_judged_it(asked, helix, mla, backend, meant):
-    options = HelixOptions(helix_mode=helix, combine=asked)
-    assert exchange.meant_on_cuda(options, mla, backend).combine == meant
+def test_auto_on_cuda_is_ours_where_cells_have_judged_it(changed, meant):
+    asked = {"mla": False, "backend": "FLASH_ATTN", "comm": "a2a", "mode": None} | changed
+    mla, backend, comm, mode = (asked.pop(name) for name in ("mla", "backend", "comm", "mode"))
+    options = HelixOptions(**{"helix_mode": True} | asked)
+    assert exchange.meant_on_cuda(options, mla, backend, comm, mode).combine == meant
