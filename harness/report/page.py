@@ -11,6 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness import ledger
+from harness.oracle.alarms import Table as Alarms
 from harness.oracle.caught import rows_of as defects_of
 from harness.report.cells import drawn as cells_drawn
 from harness.report.cellview import Row, row_of
@@ -78,6 +79,7 @@ def drawn(
             if any(len(matrix.models) > 1 for matrix in found)
             else [],
             defects=defects_of(run.results),
+            alarms=_alarms(run_dir),
             columns=COLUMNS,
             groups=_groups(found, rows),
             facets=_facets(rows.values(), _FACETS),
@@ -93,6 +95,12 @@ def drawn(
     )
     with cells_drawn(list(rows.values()), results, run, run_dir, pack=len(results) > PACK_ABOVE) as cells:
         yield _filled(legal(shell), cells)
+
+
+def _alarms(run_dir: Path | None) -> Alarms | None:
+    """What `python -m harness alarms --json RUN/alarms.json` counted, where somebody put it beside the run."""
+    path = run_dir and run_dir / "alarms.json"
+    return Alarms.model_validate_json(path.read_text()) if path and path.is_file() else None
 
 
 def _filled(shell: str, cells: Iterable[bytes]) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import fnmatch
 import json
 import re
 import shlex
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
@@ -295,3 +296,15 @@ def test_planted_defects_have_a_table_of_their_own(tmp_path):
     assert "<strong>not caught</strong>: &lt;b&gt;no KV heads&lt;/b&gt;" in table
     order = [table.index(name) for name in ("query-head-off-by-one", "drop-shard", "other-combine")]
     assert order == sorted(order)
+
+
+def test_alarms_among_right_servers_are_shown_where_they_lie_beside_the_run(tmp_path):
+    alone = report.write(examples.write_ledger(tmp_path / "a", examples.many(2))).read_text()
+    assert 'id="alarms"' not in alone
+    folder = tmp_path / "b"
+    shutil.copytree(tmp_path / "a", folder)
+    shutil.copy(ROOT / "reports" / "2026-11-26-oracle" / "alarms.json", folder)
+    page = report.write(folder).read_text()
+    table = page[page.index('id="alarms"') : page.index("</section>", page.index('id="alarms"'))]
+    assert "1,077 comparisons of 492 transcripts" in table and table.count("<tr>") == 13
+    assert '<td class="n">1.00 %</td><td class="n">0</td><td class="n">1077</td>' in table
