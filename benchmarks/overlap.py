@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.attention_cases import Attention, inputs
+from benchmarks.overlap_table import table
 from benchmarks.records import Record, Results
 from helix_runtime.attention.split_kv import COUNTED_LAUNCH, COUNTED_PROGRAMS, GQA_LAUNCH, Launch, counted_splits
-from helix_runtime.overlap import WAYS, Way, best_way, measured_count
+from helix_runtime.overlap import Way
 
 CASES = [
     Attention(64, 128 << 10, 8, 1),
@@ -124,6 +125,10 @@ CUTS = [
 ]
 
 
+def _size(launch: Launch) -> dict[str, int]:
+    return {"warps": launch.warps, "stages": launch.stages}
+
+
 def measure(case: Attention, results: Results) -> None:
     import torch
 
@@ -149,21 +154,21 @@ def measure(case: Attention, results: Results) -> None:
     def attend(splits: int | None = None, launch: Launch | None = None):
         decode_kernel("TRITON", case.scale, splits=splits, launch=launch).send(*given.arguments, outputs, lses)
 
-    # Names of few tokens may be the same.
-    cuts = list({cut.name(case): cut for cut in CUTS if cut.count <= case.batch}.values())
+    # Cuts of few tokens may be the same: of these the first, which the rule knows.
+    cuts = list({cut.name(case): cut for cut in reversed(CUTS) if cut.count <= case.batch}.values())[::-1]
     launches = {None: attend} | {
-        (splits, launch.stages): lambda splits=splits, launch=launch: attend(splits, launch)
+        (splits, launch): lambda splits=splits, launch=launch: attend(splits, launch)
         for launch in LAUNCHES
         for splits in sorted({counted_splits(case.batch, case.tokens, 64 * splits) for splits in SPLITS})
     }
     found = interleave({launch: [call] for launch, call in launches.items()}, rounds=results.rounds)
     fastest = min(launches, key=lambda launch: found[launch].median)
     attention_us, attend_fastest = found[fastest].median, launches[fastest]
-    print(f"{case.name} attention, (splits, stages): " + ", ".join(f"{n}: {t.median:.1f}" for n, t in found.items()))
-    for launch, took in found.items():
-        splits, stages = launch or (None, GQA_LAUNCH.stages)
-        params = {"batch": case.batch, "local_tokens": case.tokens, "splits": splits, "stages": stages}
-        extra = {"case": case.name, "fastest": launch == fastest}
+    for key, took in found.items():
+        splits, launch = key or (None, GQA_LAUNCH)
+        params = {"batch": case.batch, "local_tokens": case.tokens, "splits": splits, **_size(launch)}
+        extra = {"case": case.name, "fastest": key == fastest}
+        print(f"{case.name} attention, {splits or 'own'} splits of {launch.warps} warps: {took.median:.1f}")
         results.add(
             Record("overlap/attention", params, case.bytes, case.flops, took.median, took.low, took.high, extra)
         )
@@ -228,7 +233,7 @@ def measure(case: Attention, results: Results) -> None:
                     "room": cut.room,
                     "flags": bool(cut.programs),
                     "splits": cut.splits(case) if cut.programs else None,
-                    "stages": cut.launch.stages,
+                    **_size(cut.launch),
                     "way": cut.way and [cut.way.count, cut.way.halvings, cut.way.once],
                     "exchange_programs": copy.programs,
                     "exchange_threads": copy.programs * copy.threads,
@@ -250,94 +255,12 @@ def measure(case: Attention, results: Results) -> None:
                 results.add(Record("overlap/step", params, nbytes, case.flops, took.median, took.low, took.high, extra))
             best = sorted(cuts, key=lambda cut: times[cut.name(case)].median)[:6]
             print(
-                f"{case.name} {copy.programs} SMs{f' at {copy.rate:g} GB/s' if copy.rate else ''} share {share}: "
-                f"attention {times['attention'].median:.1f}, exchange {alone:.1f} {4 * words / alone / 1e3:.0f} GB/s | "
+                f"{case.name} {copy.programs} x {copy.threads} threads{f' at {copy.rate:g} GB/s' if copy.rate else ''} "
+                f"share {share}: attention {times['attention'].median:.1f}, "
+                f"exchange {alone:.1f} {4 * words / alone / 1e3:.0f} GB/s | "
                 + " | ".join(f"{cut.name(case)}: {(whole - times[cut.name(case)].median) / alone:.2f}" for cut in best),
                 flush=True,
             )
-
-
-def way_of(params: dict) -> Way | None:
-    """The way that a record's cut is; results without `way` are of attentions for each micro-batch."""
-    if "way" in params:
-        return Way(*params["way"]) if params["way"] else None
-    return None if params.get("room") else Way(params["micro_batches"], params.get("halvings", 0))
-
-
-@dataclass(frozen=True)
-class Group:
-    """The steps of one attention with one exchange."""
-
-    records: list[Record]
-
-    @property
-    def whole(self) -> Record:
-        return next(record for record in self.records if record.params["micro_batches"] == 1)
-
-    @property
-    def several(self) -> list[Record]:
-        return [record for record in self.records if record.params["micro_batches"] >= 5]
-
-    @property
-    def ways(self) -> dict[Way, Record]:
-        """Those of the rule that were measured, and `Way()`."""
-        found = {way_of(record.params): record for record in self.records}
-        return {way: found[way] for way in (Way(), *WAYS) if way in found}
-
-    @property
-    def alone(self) -> tuple[int, float, float]:
-        """Requests, and microseconds of attention and exchange."""
-        return self.whole.params["batch"], self.whole.extra["attention_us"], self.whole.extra["exchange_us"]
-
-
-def groups(results: Results) -> list[Group]:
-    """Largest share first, exchanges at a link's rate before those at none."""
-    order = {case.name: number for number, case in enumerate(CASES)}
-    found: dict[tuple, list[Record]] = {}
-    for record in results.records:
-        if record.name == "overlap/step":
-            params = record.params
-            link, programs = params.get("exchange_link_gbps"), params["exchange_programs"]
-            key = (-params["exchange_share"], not link, order.get(record.extra["case"], 99), programs)
-            found.setdefault((*key, link or 0, record.extra["case"]), []).append(record)
-    return [Group(found[key]) for key in sorted(found)]
-
-
-def table(results: Results) -> str:
-    """Markdown: one line for each attention, exchange and share."""
-    lines = [
-        "| attention | exchange | attention µs | exchange µs | one after the other µs | micro-batches | µs | hidden |"
-        " measured rule: micro-batches, change | predicting rule |",
-        "|" + " --- |" * 10,
-    ]
-    for group in groups(results):
-        if not group.several:
-            continue
-        whole, best = group.whole, min(group.several, key=lambda record: record.us)
-        by_count: dict[int, Record] = {}
-        for record in group.records:
-            count = record.params["micro_batches"]
-            by_count[count] = min(by_count.get(count, record), record, key=lambda record: record.us)
-        chosen = by_count[measured_count({count: record.us for count, record in by_count.items()})]
-        ways = group.ways
-        predicted = ways[best_way(*group.alone, ways=list(ways))]
-        params, programs = best.params, best.params["exchange_programs"]
-        rate, threads = params.get("exchange_rate_gbps"), params["exchange_threads"] // programs
-        cells = [
-            best.extra["case"],
-            f"{programs} x {threads} threads, {f'{rate:g} GB/s' if rate else 'no link'}, "
-            f"{params['exchange_bytes'] / 2e6:.1f} MB, {params['exchange_share']:g} of the attention",
-            f"{best.extra['attention_us']:.1f}",
-            f"{best.extra['exchange_us']:.1f}",
-            f"{whole.us:.1f}",
-            best.extra["cut"],
-            f"{best.us:.1f}",
-            f"{best.extra['hidden']:.2f}",
-            f"{chosen.params['micro_batches']}, {chosen.us / whole.us - 1:+.1%}",
-            f"{predicted.params['micro_batches']}, {predicted.us / whole.us - 1:+.1%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

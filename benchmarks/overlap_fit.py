@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.overlap import Group, groups
+from benchmarks.overlap_table import Group, groups
 from benchmarks.records import Results
 from helix_runtime.overlap import OverlapCosts, Way, best_way, predicted_us
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import attention, combine, exchange, hop_b, overlap, step
+from benchmarks import attention, combine, exchange, hop_b, overlap_table, step
 from benchmarks.records import Results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "combine-alone": lambda path: combine.table_alone(_rows(path)),
     "merges": merges,
     "attention": lambda path: attention.table(Results.read(path)),
-    "overlap": lambda path: overlap.table(Results.read(path)),
+    "overlap": lambda path: overlap_table.table(Results.read(path)),
     "hop_b": lambda path: hop_b.table(Results.read(path)),
     "exchange": lambda path: exchange.table(Results.read(path)),
     "step": lambda path: step.table(Results.read(path)),

@@ -75,13 +75,12 @@ def count_tokens(
     """
     if counters := context.proof.on_device:
         counters.flush()  # for graphs captured since
-    if counters and counters.follows:
-        context.proof.step_is((query_start_loc[1:] - query_start_loc[:-1]).max() > 1)
+        if counters.follows:
+            context.proof.step_is((query_start_loc[1:] - query_start_loc[:-1]).max() > 1)
     group = {"kvp": context.kvp, "kvp_rank": context.kvp_rank, "interleave": context.interleave}
     if slots.is_cuda:
         from helix_runtime.token_count import count
 
-        counters = context.proof.on_device
         count(counters.values, counters.names, slots, query_start_loc, positions, **group)
         return
     proof, rows = context.proof, len(slots)

@@ -6,7 +6,7 @@ pytest.importorskip("triton", reason="the benchmarks import our kernels")
 
 import torch
 
-from benchmarks import overlap, overlap_fit
+from benchmarks import overlap, overlap_fit, overlap_table
 from benchmarks.attention_cases import Attention
 from benchmarks.records import Record, Results
 from helix_runtime.attention.split_kv import COUNTED_LAUNCH, COUNTED_PROGRAMS
@@ -56,7 +56,7 @@ def test_every_size_has_the_rules_ways_and_five_micro_batches():
 
 
 def test_the_table_takes_the_best_cut_and_leaves_out_the_attention_alone(tmp_path):
-    lines = overlap.table(measured(tmp_path / "r.json", TIMES)).splitlines()
+    lines = overlap_table.table(measured(tmp_path / "r.json", TIMES)).splitlines()
     assert len(lines) == 3
     assert "| 2 x 512 threads, 50 GB/s, 25.0 MB, 0.5 of the attention | 1000.0 | 500.0 | 1500.0 |" in lines[-1]
     assert "| flags 16, more splits | 1100.0 | 0.80 | 16, -26.7% | 1, +0.0% |" in lines[-1]
@@ -68,13 +68,13 @@ def test_results_of_attentions_for_each_micro_batch_can_still_be_printed(tmp_pat
         for name in ("way", "exchange_link_gbps", "exchange_rate_gbps"):
             record.params.pop(name, None)
         record.params["room"] = "room" in record.extra.get("cut", "")
-    assert "| 2 x 512 threads, no link, 25.0 MB, 0.5 of the attention |" in overlap.table(results)
-    assert overlap.table(results).endswith("| 8 room | 1200.0 | 0.60 | 8, -20.0% | 1, +0.0% |")
+    assert "| 2 x 512 threads, no link, 25.0 MB, 0.5 of the attention |" in overlap_table.table(results)
+    assert overlap_table.table(results).endswith("| 8 room | 1200.0 | 0.60 | 8, -20.0% | 1, +0.0% |")
 
 
 def test_the_fit_never_chooses_what_was_slower(tmp_path):
-    good = overlap.groups(measured(tmp_path / "a.json", TIMES))
-    bad = overlap.groups(
+    good = overlap_table.groups(measured(tmp_path / "a.json", TIMES))
+    bad = overlap_table.groups(
         measured(tmp_path / "b.json", {key: us * 1.3 if key[2] > 1 else us for key, us in TIMES.items()})
     )
     assert overlap_fit.fitted(good).changes == [pytest.approx(1300 / 1500 - 1)]
@@ -82,7 +82,7 @@ def test_the_fit_never_chooses_what_was_slower(tmp_path):
     slow = measured(
         tmp_path / "c.json", {key: us * 2 if key[2] > 1 else us for key, us in TIMES.items()}, exchange=60.0
     )
-    assert overlap_fit.fitted(overlap.groups(slow)).changes == [0.0]
+    assert overlap_fit.fitted(overlap_table.groups(slow)).changes == [0.0]
     assert isinstance(overlap_fit.fitted(good).costs, OverlapCosts)
 
 
