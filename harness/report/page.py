@@ -1,6 +1,7 @@
 """The page: one HTML file that holds its style, its script and its drawings, and may load nothing."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -98,9 +99,18 @@ def drawn(
 
 
 def _alarms(run_dir: Path | None) -> Alarms | None:
-    """What `python -m harness alarms --json RUN/alarms.json` counted, where somebody put it beside the run."""
+    """What `python -m harness alarms --json RUN/alarms.json` counted, where somebody put it beside the run.
+
+    A file that is no such table is left out, with a warning: the run's own cells are drawn all the same.
+    """
     path = run_dir and run_dir / "alarms.json"
-    return Alarms.model_validate_json(path.read_text()) if path and path.is_file() else None
+    if not path or not path.is_file():
+        return None
+    try:
+        return Alarms.model_validate_json(path.read_text())
+    except ValueError:
+        print(f"warning: {path} is no table of `python -m harness alarms --json`; left out", file=sys.stderr)
+        return None
 
 
 def _filled(shell: str, cells: Iterable[bytes]) -> Iterator[bytes]:

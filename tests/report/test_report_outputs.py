@@ -298,7 +298,7 @@ def test_planted_defects_have_a_table_of_their_own(tmp_path):
     assert order == sorted(order)
 
 
-def test_alarms_among_right_servers_are_shown_where_they_lie_beside_the_run(tmp_path):
+def test_alarms_among_right_servers_are_shown_where_they_lie_beside_the_run(tmp_path, capsys):
     alone = report.write(examples.write_ledger(tmp_path / "a", examples.many(2))).read_text()
     assert 'id="alarms"' not in alone
     folder = tmp_path / "b"
@@ -308,3 +308,6 @@ def test_alarms_among_right_servers_are_shown_where_they_lie_beside_the_run(tmp_
     table = page[page.index('id="alarms"') : page.index("</section>", page.index('id="alarms"'))]
     assert "1,077 comparisons of 492 transcripts" in table and table.count("<tr>") == 13
     assert '<td class="n">1.00 %</td><td class="n">0</td><td class="n">1077</td>' in table
+    (folder / "alarms.json").write_text('{"x": 1}')
+    assert 'id="alarms"' not in report.write(folder).read_text()
+    assert "alarms.json is no table of `python -m harness alarms --json`; left out" in capsys.readouterr().err
