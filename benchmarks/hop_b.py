@@ -37,7 +37,7 @@ SIZES = (
 TINY = ((5, 64, 4, 2),)
 CUTS = (1, 2, 5, 8)
 #: Micro-batches of one attention, the last ones halved so often.
-FLAGS, HALVINGS = (5, 8), 3
+FLAGS, HALVINGS = (2, 5, 8), 3
 TOLERANCE = 1e-2
 
 
@@ -50,15 +50,15 @@ class Layer:
     exchange: object  # (part, that) -> None, fills merged[part]
     merged: torch.Tensor
     lanes: object
+    arrivals: object
     begin: object  # () -> the whole batch's attention, under way
-    arrived: object  # (part, that) -> what `exchange` sends, once it is there
+    arrive: object  # (index, part, that) -> what `move` sends, once it is there
+    move: object  # (index, part, that) -> None, as `exchange`
 
     def step(self, count: int, flags: bool = False) -> None:
         if flags:
             parts = micro_batches(self.batch, count, HALVINGS)
-            overlapped_once(
-                parts, self.begin, lambda _, part, held: self.exchange(part, self.arrived(part, held)), self.lanes
-            )
+            overlapped_once(parts, self.begin, self.arrive, self.move, self.lanes, self.arrivals)
             return
         parts = micro_batches(self.batch, count)
         overlapped(
@@ -83,17 +83,26 @@ def on_gpu(here: Here, case: Attention) -> Layer:
     def attend(part: slice):
         return kernel.begin(given.query[part], given.kv_cache, given.block_table[part], given.lengths[part])
 
+    def layout(part: slice) -> PackedLayout:
+        return PackedLayout(here.ranks, part.stop - part.start, owned, case.head_dim, torch.bfloat16)
+
+    def joined(part: slice, runs, lane: int = 0):
+        return combine.sent(layout(part), lambda outputs, lses: kernel.finish(runs, outputs, lses), lane)
+
+    def move(lane: int, part: slice, sent) -> None:
+        merged[part] = combine.moved(layout(part), sent, lane=lane)[0]
+
     def exchange(part: slice, runs) -> None:
-        layout = PackedLayout(here.ranks, part.stop - part.start, owned, case.head_dim, torch.bfloat16)
-        merged[part] = combine.filled(layout, lambda outputs, lses: kernel.finish(runs, outputs, lses))[0]
+        move(0, part, joined(part, runs))
 
     def begin():
         return counted.begin(*given.arguments, done=done)
 
-    def arrived(part: slice, runs):
-        return counted.arrived(runs, part, done, case.kv_heads)
+    def arrive(lane: int, part: slice, runs):
+        return joined(part, counted.arrived(runs, part, done, case.kv_heads), lane)
 
-    return Layer(case.batch, attend, exchange, merged, StreamLanes(here.device), begin, arrived)
+    lanes, arrivals = StreamLanes(here.device), StreamLanes(here.device)
+    return Layer(case.batch, attend, exchange, merged, lanes, arrivals, begin, arrive, move)
 
 
 def on_cpu(here: Here, case: Attention) -> Layer:
@@ -112,10 +121,16 @@ def on_cpu(here: Here, case: Attention) -> Layer:
     def exchange(part: slice, partial) -> None:
         merged[part] = all_to_all_combine(*partial, here.group, merge=merge_partials)
 
-    def arrived(part: slice, partial):
+    def arrive(_, part: slice, partial):
         return tuple(each[part] for each in partial)
 
-    return Layer(case.batch, attend, exchange, merged, ThreadLanes(), lambda: attend(slice(0, case.batch)), arrived)
+    def move(_, part: slice, partial) -> None:
+        exchange(part, partial)
+
+    def begin():
+        return attend(slice(0, case.batch))
+
+    return Layer(case.batch, attend, exchange, merged, ThreadLanes(), ThreadLanes(), begin, arrive, move)
 
 
 def _cuts() -> dict[str, tuple[int, bool]]:

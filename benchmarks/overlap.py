@@ -31,9 +31,8 @@ CASES = [
     Attention(8, 128 << 10, 8, 1),
     Attention(8, 16 << 10, 8, 1),
 ]
-#: GB/s of one thread's share of a link: 25 GB/s for the 512 threads of an NCCL channel (NVLink's 450 GB/s through 16 to
-#: 24 of them, half of 400 Gbit/s), 6.25 for 128.
-LINK = 25.0 / 512
+#: GB/s of a link: a network adapter's 400 Gbit/s, and parts of NVLink's 450.
+NETWORK, NVLINK = 50.0, (100.0, 200.0)
 #: Bytes a thread that a copy reads at once, and ahead of its link.
 PIECE, AHEAD = 128, 1024
 #: Launches of the attention one after the other, which is the fastest of these and of its own choice.
@@ -45,15 +44,17 @@ RESIDENT = 5
 
 @dataclass(frozen=True)
 class Copy:
-    """The exchange: programs, their threads, and GB/s of each one's link (copied: as many are read, and written)."""
+    """The exchange: programs, their threads, and GB/s of the link that they share (copied: as many are read, and
+    written)."""
 
     programs: int
     threads: int
-    link: float | None = None
+    rate: float | None = None
 
     @property
-    def rate(self) -> float | None:
-        return self.link and self.programs * self.link
+    def link(self) -> float | None:
+        """Of each program."""
+        return self.rate and self.rate / self.programs
 
     def __call__(self, target, source) -> None:
         """target, source: int32, each of a multiple of 16 words."""
@@ -70,8 +71,10 @@ class Copy:
 
 #: Exchanges, and the shares of the attention's time that they take.
 EXCHANGES = (
-    *((Copy(programs, 128, 128 * LINK), (0.5, 0.1) if programs == 8 else (0.5,)) for programs in (8, 16, 32)),
-    *((Copy(programs, 512, 512 * LINK), (0.5, 0.1) if programs == 2 else (0.5,)) for programs in (2, 8)),
+    *((Copy(programs, 128, NETWORK), (0.5, 0.1)) for programs in (8, 16, 32)),
+    *((Copy(16 if rate < 150 else 32, 128, rate), (0.5,)) for rate in NVLINK),
+    (Copy(2, 512, NETWORK), (0.5, 0.1)),
+    (Copy(8, 512, NVLINK[-1]), (0.5,)),
     (Copy(2, 512), (0.5, 0.1)),
     (Copy(8, 512), (0.5,)),
 )
@@ -112,15 +115,13 @@ CUTS = [
     *(Cut(count) for count in (1, 2, 5, 8)),
     Cut(5, 3),
     Cut(8, 0, True),
-    Cut(6, 4, True),
     *(
         Cut(count, halvings, False, COUNTED_PROGRAMS, COUNTED_LAUNCH)
-        for count, halvings in ((5, 0), (8, 0), (5, 3), (8, 3), (16, 3))
+        for count, halvings in ((5, 0), (8, 0), (8, 3), (16, 0), (16, 3), (24, 3), (32, 2))
     ),
     *(
-        Cut(count, 3, False, programs, launch)
-        for programs, launch in ((1024, COUNTED_LAUNCH), (4096, COUNTED_LAUNCH), (8192, GQA_LAUNCH))
-        for count in (8, 16)
+        Cut(24, 3, False, programs, launch)
+        for programs, launch in ((2048, COUNTED_LAUNCH), (8192, COUNTED_LAUNCH), (8192, GQA_LAUNCH))
     ),
 ]
 
@@ -139,7 +140,7 @@ def measure(case: Attention, results: Results) -> None:
     from helix_runtime.overlap import StreamLanes, micro_batches, overlapped, overlapped_once
 
     given = inputs(case, page=128)
-    lanes = StreamLanes("cuda")
+    lanes, arrivals = StreamLanes("cuda"), StreamLanes("cuda")
     outputs = torch.empty(1, case.batch, case.q_heads, case.head_dim, dtype=torch.bfloat16, device="cuda")
     lses = torch.empty(1, case.batch, case.q_heads, device="cuda")
     done = counters(case.batch, "cuda")
@@ -213,10 +214,13 @@ def measure(case: Attention, results: Results) -> None:
                 def begun_once():
                     return kernel.begin(*given.arguments, done=done)
 
-                def moved_once(index, part, parts):
-                    moved(index, part, kernel.arrived(parts, part, done, case.kv_heads))
+                def arrived(_, part, parts):
+                    finish(part, kernel.arrived(parts, part, done, case.kv_heads))
 
-                return overlapped_once(slices, begun_once, moved_once, lanes)
+                def copied(_, part, nothing):
+                    exchange(part)
+
+                return overlapped_once(slices, begun_once, arrived, copied, lanes, arrivals)
 
             calls = {cut.name(case): [lambda cut=cut, step=step: step(cut)] for cut in cuts}
             calls["exchange"] = [lambda copy=copy, words=words: copy(target[:words], source[:words])]

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 import torch
 
 Partial = TypeVar("Partial")
+Rows = TypeVar("Rows")
 
 
 def micro_batches(requests: int, count: int, halvings: int = 0) -> list[slice]:
@@ -41,8 +42,9 @@ class Lanes(Protocol):
         """This point in what the caller issues, for `submit`."""
         ...
 
-    def submit(self, exchange: Callable[[], None], after: object = None) -> None:
-        """Start `exchange` once everything the caller has issued so far is done; or until `after`, a mark."""
+    def submit(self, exchange: Callable[[], None], after: object = None) -> object:
+        """Start `exchange` once everything the caller has issued so far is done; or until `after`, a mark. Returns a
+        mark of its end, for another lane."""
         ...
 
     def join(self) -> None:
@@ -62,10 +64,11 @@ class StreamLanes:
     def mark(self) -> torch.cuda.Event:
         return torch.cuda.current_stream(self.stream.device).record_event()
 
-    def submit(self, exchange: Callable[[], None], after: torch.cuda.Event | None = None) -> None:
+    def submit(self, exchange: Callable[[], None], after: torch.cuda.Event | None = None) -> torch.cuda.Event:
         self.stream.wait_event(after or self.mark())
         with torch.cuda.stream(self.stream):
             exchange()
+            return self.stream.record_event()
 
     def join(self) -> None:
         torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
@@ -81,8 +84,14 @@ class ThreadLanes:
     def mark(self) -> None:
         """Nothing: the caller's work is done when it returns."""
 
-    def submit(self, exchange: Callable[[], None], after: None = None) -> None:
-        self._pending.append(self._thread.submit(exchange))
+    def submit(self, exchange: Callable[[], None], after: Future | None = None) -> Future:
+        def run():
+            if after is not None:
+                after.result()
+            exchange()
+
+        self._pending.append(self._thread.submit(run))
+        return self._pending[-1]
 
     def join(self) -> None:
         """Raises what an exchange raised."""
@@ -117,29 +126,38 @@ def overlapped(
 def overlapped_once(
     slices: Sequence[slice],
     attend: Callable[[], Partial],
-    exchange: Callable[[int, slice, Partial], None],
+    arrive: Callable[[int, slice, Partial], Rows],
+    exchange: Callable[[int, slice, Rows], None],
     lanes: Lanes,
+    arrivals: Lanes,
 ) -> None:
     """Attend the whole batch in one launch, the exchange of each slice as soon as its rows are done.
 
-    attend() starts the attention and returns its partial; exchange(index, slice, partial) waits for the rows of its
-    slice (`attention.completion`), then moves and merges them. Exchanges run one at a time and in order, so they agree
-    on every rank. One slice runs as if nothing overlapped. The partial's memory is held until all are joined. Where an
-    attend only returns when it is done, as on CPU, nothing is hidden.
+    attend() starts the attention and returns its partial; arrive(index, slice, partial) waits for the rows of its slice
+    (`attention.completion`) and returns them ready to be sent; exchange(index, slice, rows) moves and merges them.
+    `arrivals` is a lane of its own, so that an exchange never waits for the rows of the next slice to be made ready.
+    Exchanges run one at a time and in order, so they agree on every rank. One slice runs as if nothing overlapped. The
+    memory of the partial and the rows is held until all are joined. Where an attend only returns when it is done, as on
+    CPU, nothing is hidden.
     """
     if len(slices) == 1:
-        return exchange(0, slices[0], attend())
-
-    def exchanges():
-        for index, part in enumerate(slices):
-            exchange(index, part, partial)
-
-    # The second stream starts where the caller stands now, not behind the attention. The attention is still issued
-    # first: were both streams to share a hardware queue, a wait ahead of it would keep it from ever starting.
+        return exchange(0, slices[0], arrive(0, slices[0], attend()))
+    # The other lanes start where the caller stands now, not behind the attention. The attention is still issued first:
+    # were streams to share a hardware queue, a wait ahead of it would keep it from ever starting.
     before = lanes.mark()
     partial = attend()
-    lanes.submit(exchanges, before)
-    lanes.join()
+    rows: dict[int, Rows] = {}
+    for index, part in enumerate(slices):
+
+        def arriving(index=index, part=part):
+            rows[index] = arrive(index, part, partial)
+
+        ready = arrivals.submit(arriving, before)
+        lanes.submit(lambda index=index, part=part: exchange(index, part, rows[index]), ready)
+    try:
+        arrivals.join()
+    finally:
+        lanes.join()
     return None
 
 
@@ -156,9 +174,8 @@ class Way:
         return micro_batches(requests, self.count, self.halvings)
 
 
-#: What the rule chooses from, beside no overlap. One attention that says which rows are done is not among them: no
-#: results of it are committed yet, to which its costs could be fitted.
-WAYS = (Way(2), Way(5), Way(8))
+#: What the rule chooses from, beside no overlap.
+WAYS = (Way(2), Way(5), Way(8), Way(8, 0, True), Way(8, 3, True), Way(16, 3, True), Way(24, 3, True))
 
 
 @dataclass(frozen=True)
@@ -172,11 +189,11 @@ class OverlapCosts:
     says so late.
     """
 
-    split: float = 4.0
-    start: float = 3.0
-    contention: float = 0.6
-    slower: float = 0.03
-    late: float = 0.15
+    split: float = 16.0
+    start: float = 8.0
+    contention: float = 0.4
+    slower: float = 0.01
+    late: float = 0.2
 
 
 def predicted_us(

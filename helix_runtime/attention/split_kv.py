@@ -32,7 +32,7 @@ MLA_LAUNCH = Launch(tile=64, warps=8, stages=2)
 #: under way at any time, and whose exchange is left when it ends, are few; and two to a multiprocessor, beside which a
 #: join and a copy of 128 threads still fit.
 COUNTED_LAUNCH = Launch(tile=128, warps=8, stages=2)
-COUNTED_PROGRAMS = 2048
+COUNTED_PROGRAMS = 4096
 #: Heads that one MLA program holds: 16 fills a tensor-core tile, 64 is what the registers hold.
 MLA_HEADS = (16, 32, 64)
 #: Programs per multiprocessor that the split count aims at.

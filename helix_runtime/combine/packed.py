@@ -63,8 +63,25 @@ class PackedCombine:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same where `fill` writes the partials into the send buffer itself, outputs [N, B, H, D] and lses
         [N, B, H]: attention that can write there needs no pack (`send` of the decode kernels)."""
+        return self.moved(layout, self.sent(layout, fill, lane), lse_base, return_lse, lane)
+
+    def sent(
+        self, layout: PackedLayout, fill: Callable[[torch.Tensor, torch.Tensor], None], lane: int = 0
+    ) -> torch.Tensor:
+        """The first half of `filled`, which may run on another stream: the send buffer of `lane`, filled."""
         sent = self.workspace.buffer(f"send {lane}", layout.nbytes)
         fill(layout.outputs(sent), layout.lses(sent))
+        return sent
+
+    def moved(
+        self,
+        layout: PackedLayout,
+        sent: torch.Tensor,
+        lse_base: LseBase = "e",
+        return_lse: bool = False,
+        lane: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The second half: moves what `sent` returned, and merges what came."""
         received = sent
         if layout.ranks > 1:
             received = self.workspace.buffer(f"receive {lane}", layout.nbytes)

@@ -38,7 +38,7 @@ class Step:
         self.kernel = triton_decode.TritonDecode(DIM**-0.5, splits=splits)
         self.slices = micro_batches(len(lengths), count)
         self.done = completion.counters(len(lengths), DEVICE)
-        self.lanes = StreamLanes("cuda") if GPU else ThreadLanes()
+        self.lanes, self.arrivals = (StreamLanes("cuda") if GPU else ThreadLanes() for _ in range(2))
         self.outputs, self.lses = self.blank()
 
     @property
@@ -59,11 +59,16 @@ class Step:
             before()
             return self.kernel.begin(*self.arguments, done=self.done)
 
-        def exchange(_, rows, parts):
+        def arrive(_, rows, parts):
             arrived = self.kernel.arrived(parts, rows, self.done, KV_HEADS)
-            self.kernel.finish(arrived, self.outputs[:, rows], self.lses[:, rows])
+            sent = self.outputs[:, rows].clone(), self.lses[:, rows].clone()
+            self.kernel.finish(arrived, *sent)
+            return sent
 
-        overlapped_once(self.slices, attend, exchange, self.lanes)
+        def exchange(_, rows, sent):
+            self.outputs[:, rows], self.lses[:, rows] = sent
+
+        overlapped_once(self.slices, attend, arrive, exchange, self.lanes, self.arrivals)
 
     def check(self):
         outputs, lses = self.plain()

@@ -90,42 +90,89 @@ def test_one_micro_batch_uses_no_second_lane():
     assert seen == [(0, slice(0, 4), "p")]
 
 
-def test_one_attention_is_issued_before_the_exchanges_which_start_from_before_it():
+def test_one_attention_is_issued_before_the_other_lanes_which_start_from_before_it():
+    log = []
+
     class Log:
+        def __init__(self, name):
+            self.name = name
+
         def mark(self):
             log.append("mark")
-            return "here"
+            return "before"
 
-        def submit(self, exchange, after=None):
-            log.append(f"submit after {after}")
-            exchange()
+        def submit(self, work, after=None):
+            log.append(f"{self.name} after {after}")
+            work()
+            return f"{self.name}'s end"
 
         def join(self):
-            log.append("join")
+            log.append(f"{self.name} joined")
 
-    log = []
     overlapped_once(
         micro_batches(3, 2),
         lambda: log.append("attend") or "partial",
-        lambda index, part, partial: log.append((index, part, partial)),
-        Log(),
+        lambda index, part, partial: log.append(("arrive", index, part, partial)) or f"rows {index}",
+        lambda index, part, rows: log.append(("exchange", index, part, rows)),
+        Log("exchanges"),
+        Log("arrivals"),
     )
-    exchanges = [(0, slice(0, 2), "partial"), (1, slice(2, 3), "partial")]
-    assert log == ["mark", "attend", "submit after here", *exchanges, "join"]
+    each = [
+        [
+            "arrivals after before",
+            ("arrive", index, part, "partial"),
+            "exchanges after arrivals's end",
+            ("exchange", index, part, f"rows {index}"),
+        ]
+        for index, part in enumerate([slice(0, 2), slice(2, 3)])
+    ]
+    assert log == ["mark", "attend", *each[0], *each[1], "arrivals joined", "exchanges joined"]
 
 
-def test_one_attention_with_one_exchange_uses_no_second_lane():
+def test_rows_arrive_beside_an_exchange():
+    """The first exchange waits for the second slice to have arrived: on one lane this would never end."""
+    second, log = threading.Event(), []
+
+    def arrive(index, part, partial):
+        if index == 1:
+            second.set()
+        return partial[part]
+
+    def exchange(index, part, rows):
+        assert second.wait(10)
+        log.append((index, rows))
+
+    overlapped_once(micro_batches(3, 2), lambda: [10, 11, 12], arrive, exchange, ThreadLanes(), ThreadLanes())
+    assert log == [(0, [10, 11]), (1, [12])]
+
+
+def test_one_attention_with_one_exchange_uses_no_other_lane():
     seen = []
-    overlapped_once([slice(0, 4)], lambda: "p", lambda *given: seen.append(given), lanes=None)
-    assert seen == [(0, slice(0, 4), "p")]
+    overlapped_once(
+        [slice(0, 4)], lambda: "p", lambda *given: given, lambda *given: seen.append(given), lanes=None, arrivals=None
+    )
+    assert seen == [(0, slice(0, 4), (0, slice(0, 4), "p"))]
 
 
-def test_what_an_exchange_of_one_attention_raises_reaches_the_caller():
-    def fails(index, part, partial):
-        raise ConnectionError("peer left")
+@pytest.mark.parametrize("where", ["arrive", "exchange"])
+def test_what_one_attentions_lanes_raise_reaches_the_caller_and_the_next_step_starts_clean(where):
+    lanes, arrivals, fails, seen = ThreadLanes(), ThreadLanes(), True, []
 
+    def at(name):
+        def call(index, part, given):
+            if fails and name == where and index == 1:
+                raise ConnectionError("peer left")
+            seen.append((name, index))
+
+        return call
+
+    step = (micro_batches(6, 3), lambda: None, at("arrive"), at("exchange"), lanes, arrivals)
     with pytest.raises(ConnectionError, match="peer left"):
-        overlapped_once(micro_batches(4, 2), lambda: None, fails, ThreadLanes())
+        overlapped_once(*step)
+    fails = False
+    seen.clear()
+    overlapped_once(*step)
+    assert sorted(seen) == [(name, index) for name in ("arrive", "exchange") for index in range(3)]
 
 
 def test_the_prediction_by_hand():
