@@ -167,6 +167,13 @@ class ProofWriter:
             for name in names:
                 self.count(name)
 
+    def overlapped(self) -> None:
+        """Count a combine that ran beside the attention of the next micro-batch; replays of a graph count it too."""
+        if self.on_device:
+            self.on_device.bump("overlapped_combine")
+        else:
+            self.count("overlapped_combine")
+
     def step_is(self, prefill: "torch.Tensor") -> None:
         """Say on the device, outside of any graph, whether the step that comes holds prefill tokens: one bool."""
         if self.on_device and self.on_device.follows:

@@ -48,6 +48,8 @@ def check_proof(cell: Cell, proofs: Sequence[RankProof], longest: int = 0) -> st
             return f"rank {proof.rank}: {combined} combines ran for {attended} decode attentions: some were not merged"
         if cell.kvp > 1 and longest > proof.interleave * proof.kvp_rank and not proof.counters.get("local_tokens", 0):
             return f"rank {proof.rank} holds no token, though a sequence had {longest}: others hold its share"
+        if dict(cell.helix).get("overlap", 1) > 1 and not proof.counters.get("overlapped_combine", 0):
+            return f"rank {proof.rank}: no combine ran beside the next micro-batch's attention, the cell asks for it"
         if other := _graphs(cell, proof):
             return f"rank {proof.rank}: {other}"
         if cell.hardware == "cpu" and cell.kvp > 1 and (other := _exchanges(proof, combine)):

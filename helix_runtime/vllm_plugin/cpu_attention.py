@@ -176,10 +176,10 @@ def _overlapped(context, read: dict, local_seq_lens: torch.Tensor, common: dict,
     def exchange(index: int, part: slice, partial: tuple[torch.Tensor, torch.Tensor]) -> None:
         with torch.inference_mode():  # a thread has a mode of its own
             merged[part] = context.combine(*partial)
+        context.proof.overlapped()
 
     slices = micro_batches(len(merged), context.micro_batches)
     overlapped(slices, attend, exchange, _lanes())
-    context.proof.count("overlapped_combine", len(slices))
     return len(slices)
 
 

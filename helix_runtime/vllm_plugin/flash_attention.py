@@ -11,8 +11,12 @@ Upstream: vllm `v1/attention/backends/flash_attn.py`.
 Remove when: that backend takes Q/TPA heads.
 """
 
+from functools import cache
+
+import torch
 from vllm.v1.attention.backends import flash_attn as upstream
 
+from helix_runtime.overlap import Lanes, StreamLanes, ThreadLanes, micro_batches, overlapped
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
 from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
@@ -81,7 +85,10 @@ def _count_combine(impl) -> _Counted:
 
 
 def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
-    """query [T, Q/TPA, D], key and value [T, K/TPA, D] of the new tokens -> output [T, Q/TP, D], in place."""
+    """query [T, Q/TPA, D], key and value [T, K/TPA, D] of the new tokens -> output [T, Q/TP, D], in place.
+
+    With `helix.overlap` a decode batch is cut into micro-batches, the exchange of one under the attention of the next.
+    """
     context = current()
     owned = query.shape[1] // context.kvp
     mine = slice(context.kvp_rank * owned, (context.kvp_rank + 1) * owned)
@@ -106,27 +113,54 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
     )
     if metadata.max_dcp_context_kv_len == 0:  # the same on every rank: no one combines
         return output.copy_(new_output)
-    context_output, context_lse = upstream.flash_attn_varlen_func(
-        q=query.contiguous(),
-        k=key_cache,
-        v=value_cache,
-        seqused_k=metadata.dcp_context_kv_lens,
-        max_seqlen_k=metadata.max_dcp_context_kv_len,
-        causal=False,
-        block_table=metadata.block_table,
-        scheduler_metadata=metadata.scheduler_metadata,
-        **common,
-    )
-    merged, merged_lse = impl.dcp_combine(
-        context_output,
-        context_lse.transpose(0, 1).contiguous(),
-        upstream.get_dcp_group(),
-        return_lse=True,
-        seq_lens=metadata.dcp_context_kv_lens,
-        query_start_loc=metadata.query_start_loc,
-    )
-    upstream.merge_attn_states(output, merged, merged_lse.transpose(0, 1).contiguous(), new_output, new_lse)
+    slices = [slice(None)]
+    if metadata.max_query_len == 1 and len(query) == len(metadata.dcp_context_kv_lens):  # one token a request
+        slices = micro_batches(len(query), context.micro_batches)
+
+    def starts(part: slice):
+        """Of a micro-batch's tokens, one a request, which are counted like those of the first requests."""
+        return metadata.query_start_loc if len(slices) == 1 else metadata.query_start_loc[: part.stop - part.start + 1]
+
+    def attend(_, part: slice):
+        return upstream.flash_attn_varlen_func(
+            q=query[part].contiguous(),
+            k=key_cache,
+            v=value_cache,
+            seqused_k=metadata.dcp_context_kv_lens[part],
+            max_seqlen_k=metadata.max_dcp_context_kv_len,
+            causal=False,
+            block_table=metadata.block_table[part],
+            scheduler_metadata=metadata.scheduler_metadata if len(slices) == 1 else None,  # made for the whole batch
+            **{**common, "cu_seqlens_q": starts(part)},
+        )
+
+    @torch.inference_mode()  # which a thread does not inherit
+    def exchange(_, part: slice, partial) -> None:
+        merged, merged_lse = impl.dcp_combine(
+            partial[0],
+            partial[1].transpose(0, 1).contiguous(),
+            upstream.get_dcp_group(),
+            return_lse=True,
+            seq_lens=metadata.dcp_context_kv_lens[part],
+            query_start_loc=starts(part),
+        )
+        upstream.merge_attn_states(
+            output[part],
+            merged,
+            merged_lse.transpose(0, 1).contiguous(),
+            new_output[part],
+            new_lse[:, part].contiguous(),
+        )
+        if len(slices) > 1:
+            context.proof.overlapped()
+
+    overlapped(slices, attend, exchange, _lanes(query.device))
     return output
+
+
+@cache
+def _lanes(device: torch.device) -> Lanes:
+    return StreamLanes(device) if device.type == "cuda" else ThreadLanes()
 
 
 def _do_kv_cache_update(original):

@@ -21,6 +21,9 @@ from helix_runtime.vllm_plugin.features import SPECULATION, refusal_of, refuse_u
 from helix_runtime.vllm_plugin.options import HelixOptions, helix_options
 from helix_runtime.vllm_plugin.refusal import HelixRefusal
 
+#: Backends of vLLM on CUDA whose decode batches `helix.overlap` cuts (GQA).
+OVERLAPS = ("FLASH_ATTN",)
+
 
 def install() -> None:
     patch("vllm.config.vllm:VllmConfig.try_verify_and_update_config", _try_verify_and_update_config)
@@ -134,10 +137,10 @@ def _admit_on_cuda(config, options: HelixOptions) -> None:
         raise HelixRefusal(problem)
     if options.capture:
         raise HelixRefusal("capture exists for the CPU backends only; drop it from the helix options")
-    if options.overlap > 1:
+    if options.overlap > 1 and not (options.helix_mode and backend and backend.name in OVERLAPS):
         raise HelixRefusal(
-            "overlap on CUDA is a library so far (helix_runtime.overlap), not wired into vLLM's CUDA backends, whose "
-            "schedule is made for the whole batch; drop it from the helix options"
+            f"overlap on CUDA is wired into --helix-mode with --attention-backend {' or '.join(OVERLAPS)} only; others "
+            "make their schedule for the whole batch; drop it from the helix options"
         )
 
 

@@ -246,6 +246,15 @@ def test_a_combine_that_was_asked_for_by_name_must_not_be_another():
     assert "(fell back: direct: ranks share a GPU), the cell asks for another" in check_proof(asked, fell)
 
 
+def test_an_overlap_that_was_asked_for_must_have_happened():
+    asked = CELL.model_copy(update={"helix": (("overlap", 3),)})
+    assert "no combine ran beside the next micro-batch's attention" in check_proof(asked, proofs())
+    overlapped = [dataclasses.replace(proof, counters=RAN | {"overlapped_combine": 6}) for proof in proofs()]
+    assert check_proof(asked, overlapped) is None
+    off = CELL.model_copy(update={"helix": (("overlap", 1),)})
+    assert check_proof(off, proofs()) is None
+
+
 GRAPHS = {"cudagraph_mode": "FULL_AND_PIECEWISE", "graphs_captured": 5, "counters": RAN | {"replayed_combine": 9}}
 
 

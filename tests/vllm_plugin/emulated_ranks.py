@@ -54,6 +54,7 @@ class Case:
     block: int = 16
     combine: str = "upstream"
     fault: str | None = None
+    overlap: int = 1
 
     @property
     def mla(self) -> bool:
@@ -79,6 +80,7 @@ class Case:
         small = {"num_hidden_layers": 1, "vocab_size": 64, "intermediate_size": 64, "num_attention_heads": 8}
         (folder / "config.json").write_text(json.dumps(find(self.model).config() | small))
         helix = {"helix_mode": self.helix, "share_gpu": True, "combine": self.combine, "allow_gqa_tpa1": True}
+        helix |= {"overlap": self.overlap}
         helix |= {"proof_dir": str(folder / f"proof-{os.getpid()}-{abs(hash(self))}")}
         helix |= {"fault": self.fault} if self.fault else {}
         return EngineArgs(
@@ -336,7 +338,7 @@ def judge(case: Case, config, results: dict) -> dict:
     mode = ("helix-mla" if case.mla else "helix-gqa") if case.helix else "standard-dcp"
     cell = Cell(
         mode=mode, backend=case.backend, hardware="hopper", model=f"recipe:{case.model}", tp=case.tp, kvp=case.kvp,
-        interleave=case.interleave, comm=case.comm,
+        interleave=case.interleave, comm=case.comm, helix=(("overlap", case.overlap),),
     )  # fmt: skip
     longest = max(start + count for batch in case.batches for _, start, count in batch)
     return {

@@ -25,6 +25,7 @@ RIGHT = [
     {**GQA, "backend": "FLASHINFER", "tp": 4},
     {**GQA, "backend": "FLASHINFER", "comm": "ag_rs", "interleave": 1},
     {**GQA, "backend": "FLASH_ATTN", "combine": "triton"},
+    {**GQA, "backend": "FLASH_ATTN", "tp": 4, "overlap": 3},
     {**MLA, "backend": "FLASHMLA", "combine": "triton"},
     {**MLA, "backend": "FLASH_ATTN_MLA", "interleave": 1, "block": 16},
     {**MLA, "backend": "TRITON_MLA", "comm": "ag_rs"},

@@ -76,9 +76,8 @@ def test_a_decode_batch_in_micro_batches_is_the_same_numbers():
     class Proof:
         counted = 0
 
-        def count(self, name, by):
-            assert name == "overlapped_combine"
-            self.counted += by
+        def overlapped(self):
+            self.counted += 1
 
     class Context:
         micro_batches, proof = 3, Proof()

@@ -212,3 +212,25 @@ def test_without_the_plugins_backend_vllms_limits_stay(mla_config):
 def test_blocks_that_cpu_mla_cannot_read_are_refused(mla_config, arguments, sentence):
     with pytest.raises(HelixRefusal, match=sentence):
         mla_config(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("backend", "helix_mode", "admitted"),
+    [("FLASH_ATTN", True, True), ("FLASHINFER", True, False), (None, True, False), ("FLASH_ATTN", False, False)],
+)
+def test_overlap_on_cuda_is_refused_where_nothing_cuts_the_batch(backend, helix_mode, admitted):
+    from types import SimpleNamespace
+
+    from helix_runtime.vllm_plugin.gate import _admit_on_cuda
+    from helix_runtime.vllm_plugin.options import HelixOptions
+
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
+        model_config=SimpleNamespace(use_mla=False, enforce_eager=True),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+    )
+    options = HelixOptions(helix_mode=helix_mode, overlap=3)
+    if admitted:
+        return _admit_on_cuda(config, options)
+    with pytest.raises(HelixRefusal, match="--attention-backend FLASH_ATTN only" if backend else "backend"):
+        _admit_on_cuda(config, options)
