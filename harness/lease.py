@@ -2,10 +2,12 @@
 
 A lease is an exclusive `flock` on a small file that says what is held, so the kernel gives it back when its holder
 dies, however it dies. The guard of a server holds the same open file: what a killed harness had stays leased until its
-server is gone. All users and all harnesses of a host share one folder, unless `HELIX_LEASES` names another.
+server is gone. All users and all harnesses of a host share one folder, unless `HELIX_LEASES` names another. Ports are
+leased by names in the network namespace: whoever shares it shares them, whatever its folder.
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -291,17 +293,16 @@ def _one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def lease_port(ports: range = PORTS) -> Iterator[int]:
-    """A port on 127.0.0.1 that no other harness holds and nothing listens on. RuntimeError when there is none."""
-    folder = lease_folder()
+    """A port on 127.0.0.1 that no other harness holds and nothing listens on. RuntimeError when there is none.
+
+    Held by an abstract socket's name, which the kernel keeps for each network namespace and frees with its holder.
+    """
     start = os.getpid() % len(ports)  # runs that start together look at different ports first
     for port in (ports[(start + step) % len(ports)] for step in range(len(ports))):
-        descriptor = _open_shared(folder / f"port-{port}")
-        try:
-            if _locked(descriptor) and _free(port):
+        with socket.socket(socket.AF_UNIX) as name:
+            if _named(name, f"helix-port-{port}") and _free(port):
                 yield port
                 return
-        finally:
-            os.close(descriptor)
     raise RuntimeError(f"no free port on 127.0.0.1 from {ports.start} to {ports.stop - 1}")
 
 
@@ -316,6 +317,17 @@ def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        return False
+    return True
+
+
+def _named(holder: socket.socket, name: str) -> bool:
+    """Whether `holder` got the abstract `name`, which one socket has at a time."""
+    try:
+        holder.bind(f"\0{name}")
+    except OSError as problem:
+        if problem.errno != errno.EADDRINUSE:
+            raise
         return False
     return True
 

@@ -1,5 +1,6 @@
-"""Shared by all tests: what a selection by marker left out is said, and GPU tests skip where there is no GPU."""
+"""Shared by all tests: leases of their own; what a marker left out is said; GPU tests skip where there is no GPU."""
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,23 @@ def pytest_configure(config):
     config.stash[COUNTS] = Counter()
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_FromWorkers(config))
+
+
+@pytest.fixture(scope="session")
+def lease_folders(tmp_path_factory):
+    """Names of folders, which what leases there makes: a `tmp_path` for every test would cost more."""
+    base = tmp_path_factory.mktemp("leases")
+    return (base / str(number) for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def own_leases(request, lease_folders):
+    """No test waits for what other workers, or other runs on this host, hold or have asked for; nor they for it. Real
+    servers take real cores and memory, so they lease where all do."""
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+        if not request.node.get_closest_marker("server"):
+            patch.setenv("HELIX_LEASES", str(next(lease_folders)))
+        yield
 
 
 def pytest_collection_modifyitems(items):

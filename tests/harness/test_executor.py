@@ -1,6 +1,7 @@
 """One cell from start to stop on the stub server: what the executor hands back, and what it leaves on disk."""
 
 import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from test_server import gone, launch, logged
 from harness.cell import Cell, Mode
 from harness.executors.local import SMALL_BATCH, LocalExecutor, dtype_of, in_other_batches
 from harness.lease import Host
-from harness.need import Room
+from harness.need import Need, Room
 from harness.server.log import Cause
 from harness.server.place import Processes
 from harness.server.process import Limits
@@ -143,3 +144,16 @@ def test_the_second_answer_is_asked_in_other_batches():
     together = [p.name for p in workload.prompts if p.batch]
     assert {len(after[name]) for name in together[:-SMALL_BATCH]} == {SMALL_BATCH}
     assert after["00-boundary-1"] == {p.name for p in workload.prompts if not p.batch}
+
+
+@pytest.fixture(scope="module")
+def to_the_end():
+    with ExitStack() as held:
+        yield held
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_what_one_test_holds_another_does_not_miss(turn, to_the_end):
+    """Each takes the whole host, and none gives it back before both have ended."""
+    lease = Host(Room(cores=8)).take(Need(cores=8))
+    to_the_end.callback(lease.release)

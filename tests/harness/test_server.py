@@ -189,6 +189,13 @@ def test_leases_are_exclusive_and_skip_used_ports():
                 pass
 
 
+def test_a_port_is_leased_once_whatever_the_folders(tmp_path, monkeypatch):
+    with lease_port() as first:
+        monkeypatch.setenv("HELIX_LEASES", str(tmp_path / "other"))
+        with lease_port() as second:
+            assert first != second
+
+
 @pytest.mark.parametrize(
     ("text", "status", "cause", "reason"),
     [

@@ -62,8 +62,7 @@ def test_a_headless_host_runs_until_the_first_has_ended():
     assert followed.failure is None and "server.log" in followed.files and list(looks) == []
 
 
-def test_a_headless_host_that_gets_no_room_ends_with_the_first(tmp_path, monkeypatch):
-    monkeypatch.setenv("HELIX_LEASES", str(tmp_path / "leases"))  # who else runs cells here holds nothing of these
+def test_a_headless_host_that_gets_no_room_ends_with_the_first():
     held = Host(ROOM).take(Need(cores=8))
     try:
         followed = follow_along(CELL, SECOND, LIMITS, ROOM, Stubs("silent"), lambda: True)
