@@ -121,14 +121,19 @@ def _check_layout(rules: Rules) -> bool:
 
     shape = shape_of(rules.model)
     if rules.mode != "standard-tp":
+        helix = rules.mode.startswith("helix")
+        on_gpu = helix and rules.hardware != "cpu"  # where the gate asks what the backend runs on
         resolve_layout(
             tensor_parallel_size=rules.tp,
             decode_context_parallel_size=rules.kvp,
             **shape.layout_arguments(),
-            helix_mode=rules.mode.startswith("helix"),
+            helix_mode=helix,
+            attention_backend=rules.backend if on_gpu and rules.backend != "auto" else None,
+            hardware=rules.hardware if on_gpu else None,
             interleave_size=rules.interleave,
             block_size=rules.block_size,
             allow_gqa_tpa1=rules.allow_gqa_tpa1,
+            vllm_version=rules.vllm_version,
         )
     return shape.use_mla
 

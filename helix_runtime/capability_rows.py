@@ -183,7 +183,9 @@ def _judge(backend: _Backend, hardware: str, mode: str, folder: str) -> Declared
         return Declared(support, reason, where or source, lse, base)
 
     if hardware not in backend.families:
-        return answer(_NO, f"{backend.name} does not run on {hardware}; it needs {backend.families_why}")
+        said = backend.families_why.startswith("compute capability")
+        where = f"{source}: supports_compute_capability" if said else None
+        return answer(_NO, f"{backend.name} does not run on {hardware}; it needs {backend.families_why}", where)
     if mode in (HELIX_GQA, HELIX_MLA) and backend.mla != (mode == HELIX_MLA):
         serves, wants = ("MLA", "GQA") if backend.mla else ("GQA", "MLA")
         return answer(_NO, f"{backend.name} serves {serves} models; {mode} is for {wants} models")

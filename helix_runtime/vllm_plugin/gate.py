@@ -10,7 +10,7 @@ Remove when: vLLM verifies Helix layouts itself.
 
 import copy
 
-from helix_runtime.capabilities import plugin_refusal_on_cuda
+from helix_runtime.capabilities import backends, hardware_family, plugin_refusal_on_cuda
 from helix_runtime.layout import Layout, LayoutError, resolve_layout
 from helix_runtime.vllm_plugin import cpu_platform, cuda_graphs, share_gpu
 from helix_runtime.vllm_plugin.architectures import attention_constructor, check_mla
@@ -147,6 +147,7 @@ def _admit_on_cuda(config, options: HelixOptions) -> None:
 def layout_of(config, options: HelixOptions) -> Layout:
     """The layout of a VllmConfig by our own rules. Raises HelixRefusal with the rule that it breaks."""
     model, parallel = config.model_config, config.parallel_config
+    backend, hardware = _on_this_gpu(config) if options.helix_mode else (None, None)
     try:
         return resolve_layout(
             parallel.tensor_parallel_size,
@@ -155,12 +156,31 @@ def layout_of(config, options: HelixOptions) -> Layout:
             model.get_total_num_kv_heads(),
             model.use_mla,
             options.helix_mode,
+            backend,
+            hardware,
             interleave_size=parallel.cp_kv_cache_interleave_size,
             block_size=_block_size(config),
             allow_gqa_tpa1=options.allow_gqa_tpa1,
         )
     except LayoutError as error:
         raise HelixRefusal(str(error)) from None
+
+
+def _on_this_gpu(config) -> tuple[str | None, str | None]:
+    """(backend asked for, hardware family) on CUDA, for the rule that quotes vLLM's source; (None, None) elsewhere.
+
+    A backend that the declared table does not know is left to `_admit_on_cuda`, which says what is allowed.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return None, None
+    try:
+        hardware = hardware_family(*current_platform.get_device_capability())
+    except ValueError as error:
+        raise HelixRefusal(str(error)) from None
+    backend = config.attention_config.backend
+    return (backend.name if backend and backend.name in backends() else None), hardware
 
 
 def _block_size(config) -> int | None:

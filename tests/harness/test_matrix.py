@@ -160,7 +160,11 @@ def test_the_switch_makes_tpa1_legal():
 def test_what_the_plugin_refuses_on_cuda_is_declared_so():
     model = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
     for backend, serve, why in (
-        ("TRITON_ATTN", {"enforce-eager": True}, "with TRITON_ATTN on CUDA; allowed: --attention-backend FLASH_ATTN"),
+        (
+            "TRITON_ATTN",
+            {"enforce-eager": True},
+            "no LSE for decode, so partial results cannot be merged (no DCP) [v1/",
+        ),
         ("auto", {"enforce-eager": True}, "with the backend that vLLM would choose"),
         ("FLASHINFER", {}, "with FLASHINFER inside CUDA graphs on four GPUs; add --enforce-eager"),
         ("FLASH_ATTN", {"compilation-config.cudagraph_mode": "FULL_DECODE_ONLY"}, "graphs of mode FULL_DECODE_ONLY"),
@@ -170,6 +174,17 @@ def test_what_the_plugin_refuses_on_cuda_is_declared_so():
     for serve in ({"enforce-eager": True}, {}):
         _, item = expand([suite(hardware="hopper", backend="FLASH_ATTN", model=model, serve=serve)], [])
         assert item.declared is Verdict.PASS
+
+
+@pytest.mark.parametrize(("backend", "file"), [("CUTLASS_MLA", "cutlass_mla"), ("FLASHINFER_MLA", "flashinfer_mla")])
+def test_blackwells_backends_are_skipped_on_hopper_and_refused_there_by_vllms_rule(backend, file):
+    one = suite(mode="helix-mla", hardware=["hopper", "blackwell"], backend=backend, model="recipe:deepseek-v2",
+                layout={"tp": 4, "dcp": 4}, serve={"enforce-eager": True})  # fmt: skip
+    refused, absent = expand([one], [hopper(8)])
+    assert absent.skip.startswith("no blackwell here") and "no cell has proved" in absent.declared_why
+    assert refused.declared is Verdict.REJECTED and refused.skip is None
+    rule = f"it needs compute capability 10.x only [v1/attention/backends/mla/{file}.py: supports_compute_capability]"
+    assert rule in refused.refusal and "with vLLM 0.32.0" in refused.refusal and rule in refused.declared_why
 
 
 def test_a_backend_without_lse_is_declared_rejected():

@@ -234,3 +234,69 @@ def test_overlap_on_cuda_is_refused_where_nothing_cuts_the_batch(backend, helix_
         return _admit_on_cuda(config, options)
     with pytest.raises(HelixRefusal, match="--attention-backend FLASH_ATTN only" if backend else "backend"):
         _admit_on_cuda(config, options)
+
+
+#: Fresh process: vLLM on a stand-in for a Hopper GPU builds the configuration of one backend after the other.
+ON_HOPPER = """
+import json, sys
+import emulated_cuda
+emulated_cuda.install()
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from helix_runtime.vllm_plugin import register
+from helix_runtime.vllm_plugin.refusal import HelixRefusal
+register()
+for capability, backend in json.loads(sys.argv[2]):
+    type(current_platform).get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(*capability))
+    try:
+        EngineArgs(
+            model=sys.argv[1], skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=1024,
+            block_size=64, tensor_parallel_size=4, decode_context_parallel_size=4, attention_backend=backend,
+            distributed_executor_backend="mp", additional_config={"helix": {"helix_mode": True, "share_gpu": True}},
+        ).create_engine_config()
+        print("SAID admitted")
+    except HelixRefusal as refusal:
+        print("SAID", str(refusal).replace("\\n", " "))
+"""
+
+
+def test_a_backend_of_other_hardware_is_refused_with_the_rule_of_vllms_source(model_folder):
+    """What CUTLASS_MLA runs on, say, is told before a start, as the cell of `known-limitations` declares it."""
+    import json
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    pytest.importorskip("triton", reason="vLLM's CUDA platform needs Triton; not installed")
+    pytest.importorskip("vllm", reason="needs vLLM: install the extra `cpu`")
+    from harness.models.recipe import find
+
+    asked = [
+        ((9, 0), "CUTLASS_MLA"), ((9, 0), "FLASHINFER_MLA"), ((12, 0), "CUTLASS_MLA"), ((10, 0), "FLASHMLA"),
+        ((10, 0), "CUTLASS_MLA"), ((9, 0), "FLASHMLA_SPARSE"), ((8, 0), "TRITON_MLA"), ((7, 5), "TRITON_MLA"),
+        ((9, 0), "FLASHMLA"),
+    ]  # fmt: skip
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", ON_HOPPER, model_folder(**find("deepseek-v2").config()), json.dumps(asked)],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here}"},
+    )  # fmt: skip
+    said = [line.removeprefix("SAID ") for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    assert len(said) == len(asked), done.stderr[-4000:]
+    rules = (
+        ("CUTLASS_MLA", "hopper", "cutlass_mla", "10.x only"),
+        ("FLASHINFER_MLA", "hopper", "flashinfer_mla", "10.x only"),
+        ("CUTLASS_MLA", "blackwell-rtx", "cutlass_mla", "10.x only"),
+        ("FLASHMLA", "blackwell", "flashmla", "9.x"),
+    )
+    for text, (backend, hardware, file, rule) in zip(said[:4], rules, strict=True):
+        assert text.startswith(f"{backend} on {hardware} does not support helix-mla with vLLM 0.32.0"), text
+        assert f"it needs compute capability {rule}" in text
+        assert f"[v1/attention/backends/mla/{file}.py: supports_compute_capability]" in text
+    # It runs there, and no cell has judged it.
+    assert said[4].startswith("no cell has proved Helix for MLA models with CUTLASS_MLA on CUDA")
+    assert "with FLASHMLA_SPARSE on CUDA" in said[5]  # not in the table
+    assert "no cell has proved it below" in said[6] and "compute capability 7.5 is in no family" in said[7]
+    assert said[8] == "admitted"
