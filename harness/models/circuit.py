@@ -18,7 +18,7 @@ in bf16, so an fp32 and a bf16 server run the same model.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from harness.models.stream import (
     FOUND,
     LEVEL,
     OWN,
+    ROUTES,
     WIDTH,
     Retrieval,
     Stream,
@@ -62,12 +63,15 @@ class RetrievalRecipe(Retrieval, Recipe):
         arrays = stream.ends()
         for layer in range(self.layers):
             at = f"model.layers.{layer}."
-            arrays |= stream.norms(at, layer) | stream.dense(at + "mlp.", self.intermediate)
+            arrays |= stream.norms(at, layer) | self._feed(at + "mlp.", stream)
             arrays |= self._positions(at + "self_attn.", stream) if layer == 0 else self._lookup(at, stream)
             mix, back = slices(stream.random, self.heads, self.kv_heads, self.head_dim)
             arrays[at + "self_attn.v_proj.weight"] = reads(mix, OWN, self.hidden)
             arrays[at + "self_attn.o_proj.weight"] = writes(back, BEFORE if layer == 0 else FOUND, self.hidden)
         return on_grid(padded(arrays, self.vocab))
+
+    def _feed(self, at: str, stream: Stream) -> Arrays:
+        return stream.dense(at, self.intermediate)
 
     def _positions(self, at: str, stream: "Stream") -> Arrays:
         """Queries and keys of layer 0: constants, with another phase for each KV head."""
@@ -120,6 +124,31 @@ class RetrievalRecipe(Retrieval, Recipe):
         return arrays
 
 
+class MoeRetrievalRecipe(RetrievalRecipe):
+    """The same with experts in every layer, as Qwen3-MoE has them: the best few, their shares renormalised."""
+
+    architecture: str = "Qwen3MoeForCausalLM"
+    model_type: str = "qwen3_moe"
+    qk_norm: bool = True
+    experts: int = len(ROUTES)
+    experts_per_token: int = 2
+    expert_width: int = 64
+    scoring: Literal["renormalised"] = "renormalised"
+
+    def config(self) -> dict:
+        return super().config() | {
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "moe_intermediate_size": self.expert_width,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+    def _feed(self, at: str, stream: Stream) -> Arrays:
+        return stream.experts(at, self.experts, self.expert_width, shared=False)
+
+
 class Kernel(NamedTuple):
     """Score of distance d: `amplitude` times the sum over pairs of cos(frequency (d - `delay`)), in nats."""
 
@@ -162,10 +191,11 @@ def slices(random: np.random.Generator, heads: int, kv_heads: int, width: int) -
     return mix, back.reshape(CODE, heads * width)
 
 
-@family(r"(?P<base>llama|qwen3)-retrieve-k(?P<k>\d+)(-q(?P<q>\d+))?(-d(?P<d>32|64|128))?")
+@family(r"(?P<base>llama|qwen3|qwen3-moe)-retrieve-k(?P<k>\d+)(-q(?P<q>\d+))?(-d(?P<d>32|64|128))?")
 def retrieval_recipe(base: str, k: str, q: str | None = None, d: str | None = None) -> Recipe:
-    """Any head counts: `llama-retrieve-k6`, `qwen3-retrieve-k4-q32-d128`. Q is 4K, 2K from 8 KV heads on, unless named.
+    """Any head counts: `llama-retrieve-k6`, `qwen3-moe-retrieve-k4-q32-d128`.
 
+    Q is 4K, 2K from 8 KV heads on, unless named.
     ValueError for K < 2 (values of 32 elements cannot carry a code), or Q that is no multiple of K.
     """
     kv_heads = int(k)
@@ -183,10 +213,17 @@ def retrieval_recipe(base: str, k: str, q: str | None = None, d: str | None = No
     step = math.lcm(kv_heads, 64)
     vocab = -(-VOCAB // step) * step
     sizes = {"kv_heads": kv_heads, "heads": heads, "head_dim": int(d or 32), "hidden": hidden, "vocab": vocab}
-    return RetrievalRecipe(name=name, **sizes, **qwen)
+    made = MoeRetrievalRecipe if base == "qwen3-moe" else RetrievalRecipe
+    return made(name=name, **sizes, **qwen)
 
 
 for _kv_heads in (2, 3, 4, 6, 8):
     register(retrieval_recipe("llama", str(_kv_heads)))
-for _name in (("llama", "2", "16"), ("llama", "4", None, "64"), ("llama", "4", None, "128"), ("qwen3", "4")):
+for _name in (
+    ("llama", "2", "16"),
+    ("llama", "4", None, "64"),
+    ("llama", "4", None, "128"),
+    ("qwen3", "4"),
+    ("qwen3-moe", "4"),
+):
     register(retrieval_recipe(*_name))

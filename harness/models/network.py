@@ -126,27 +126,29 @@ class Network:
         return linear(latent, self.weights[at + "q_b_proj.weight"])
 
     def _feed(self, at: str, h: Tensor) -> Tensor:
-        """A dense MLP, or DeepSeek's experts beside a shared one."""
+        """A dense MLP, or experts: DeepSeek's beside a shared one, Qwen3's alone."""
         if at + "gate.weight" not in self.weights:
             return self._mlp(at, h)
         recipe = self.recipe
         logits = linear(h.to(self.wide), self.weights[at + "gate.weight"].to(self.wide))
         best, chosen = self._routes(at, logits)
-        out = self._mlp(at + "shared_experts.", h)
+        shared = at + "shared_experts."
+        out = self._mlp(shared, h) if shared + "gate_proj.weight" in self.weights else torch.zeros_like(h)
         for expert in range(recipe.experts):
             row, place = torch.where(chosen == expert)
             out[row] += self._mlp(f"{at}experts.{expert}.", h[row]) * best[row, place, None].to(self.dtype)
         return out
 
     def _routes(self, at: str, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights, experts) [T, few]. V2: softmax over all, the best few, not renormalised.
+        """(weights, experts) [T, few]. V2: softmax over all, the best few, not renormalised; Qwen3: renormalised.
 
         V3: sigmoid scores; with a bias added, the group whose two best experts sum highest, and its best few; their
         scores without the bias, renormalised and scaled.
         """
         recipe, few = self.recipe, self.recipe.experts_per_token
-        if recipe.scoring == "softmax":
-            return logits.softmax(-1).topk(few, dim=-1)
+        if recipe.scoring != "sigmoid":
+            best, chosen = logits.softmax(-1).topk(few, dim=-1)
+            return best / best.sum(-1, keepdim=True) if recipe.scoring == "renormalised" else best, chosen
         scores = logits.sigmoid()
         wanted = scores + self.weights[at + "gate.e_score_correction_bias"].to(self.wide)
         by_group = wanted.unflatten(-1, (recipe.groups, -1))

@@ -70,6 +70,8 @@ def _shape(made: Recipe) -> str:
     dense = config.get("first_k_dense_replace", layers)
     if dense < layers:
         told.append(f"{config['n_routed_experts']} experts from layer {dense} on")
+    elif "num_experts" in config:
+        told.append(f"{config['num_experts']} experts")
     rope = config["rope_parameters"]
     if rope["rope_type"] != "default":
         told.append(f"{rope['rope_type']} x {rope['factor']:g}")

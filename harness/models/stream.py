@@ -92,14 +92,17 @@ class Stream:
             at + "down_proj.weight": writes(self.normal(CODE, width, size), FOUND, self.hidden),
         }
 
-    def experts(self, at: str, count: int, width: int) -> Arrays:
-        """A router that reads *router*, so that each token's experts are far apart, and its experts."""
+    def experts(self, at: str, count: int, width: int, shared: bool = True) -> Arrays:
+        """A router that reads *router*, so that each token's experts are far apart, and its experts.
+
+        `shared`: an expert of all tokens beside them, as DeepSeek has.
+        """
         gate = np.zeros((count, self.hidden))
         gate[:, ROUTER] = np.eye(count) * ROUTER_GAIN
         arrays: Arrays = {at + "gate.weight": gate}
         for expert in range(count):
             arrays |= self.dense(f"{at}experts.{expert}.", width)
-        return arrays | self.dense(at + "shared_experts.", width, 0.5)
+        return arrays | (self.dense(at + "shared_experts.", width, 0.5) if shared else {})
 
     def _codes_only(self, width: int) -> np.ndarray:
         """Rows that read the four codes and not the constant, which would drown them."""

@@ -21,6 +21,11 @@ _QWEN3 = (
     "rms_norm_eps", "qkv_bias", "cache_config", "quant_config", "prefix", "attn_type",
     "dual_chunk_attention_config", "per_layer_sliding_window", "mrope_positions_factor",
 )  # fmt: skip
+_QWEN3_MOE = (
+    "self", "hidden_size", "num_heads", "num_kv_heads", "rope_parameters", "max_position_embeddings", "head_dim",
+    "rms_norm_eps", "qkv_bias", "cache_config", "quant_config", "prefix", "dual_chunk_attention_config",
+    "mrope_positions_factor",
+)  # fmt: skip
 
 #: GQA architecture -> the constructor of its attention. Llama's class also serves Nemotron's Llama family.
 GQA: dict[str, Surface] = {
@@ -28,6 +33,7 @@ GQA: dict[str, Surface] = {
     "MistralForCausalLM": Surface(f"{_MODELS}.mistral:MistralAttention.__init__", _LLAMA, "TPA scope"),
     "Qwen2ForCausalLM": Surface(f"{_MODELS}.qwen2:Qwen2Attention.__init__", _QWEN2, "TPA scope"),
     "Qwen3ForCausalLM": Surface(f"{_MODELS}.qwen3:Qwen3Attention.__init__", _QWEN3, "TPA scope"),
+    "Qwen3MoeForCausalLM": Surface(f"{_MODELS}.qwen3_moe:Qwen3MoeAttention.__init__", _QWEN3_MOE, "TPA scope"),
 }
 
 

@@ -19,7 +19,13 @@ from harness.models.stream import Retrieval  # noqa: E402
 from helix_runtime.sharding import owner  # noqa: E402
 
 NAMES = sorted(name for name, made in RECIPES.items() if isinstance(made, Retrieval))
-FAMILIES = ["llama-retrieve-k2", "qwen3-retrieve-k4", "deepseek-v2-retrieve", "deepseek-v3-retrieve"]
+FAMILIES = [
+    "llama-retrieve-k2",
+    "qwen3-retrieve-k4",
+    "qwen3-moe-retrieve-k4",
+    "deepseek-v2-retrieve",
+    "deepseek-v3-retrieve",
+]
 KEY, VALUE, WEAK = 10, 190, 101
 ROUNDING = 1e-3  # nats; fp32 against fp64 shows less than 2e-4 (`test_rounding`)
 
@@ -51,6 +57,7 @@ def nets():
         ("llama-retrieve-k8-q64-d64", 64, 8, 64),  # by its name alone
         ("qwen3-retrieve-k4", 16, 4, 32),
         ("qwen3-retrieve-k3-q15-d128", 15, 3, 128),
+        ("qwen3-moe-retrieve-k4-d128", 16, 4, 128),
     ],
 )
 def test_head_counts_are_those_of_the_name(name, heads, kv_heads, size):
@@ -79,6 +86,16 @@ def test_deepseek_has_a_dense_layer_then_experts():
     )
     assert (made.moe.first_dense_layers, made.moe.routed, made.moe.per_token) == (1, 8, 2)
     assert find("deepseek-v2-retrieve").config()["rope_parameters"]["rope_type"] == "yarn"
+
+
+def test_qwen3_moe_has_experts_in_every_layer_and_none_that_all_tokens_share():
+    made, weights = shape("qwen3-moe-retrieve-k4"), find("qwen3-moe-retrieve-k4").weights()
+    assert not made.use_mla and (made.moe.first_dense_layers, made.moe.routed, made.moe.per_token) == (0, 8, 2)
+    assert {name.split(".mlp.")[1].split(".")[0] for name in weights if ".mlp." in name} == {"gate", "experts"}
+    net = Network(find("qwen3-moe-retrieve-k4"), dtype=torch.float64)
+    shares, experts = net._routes("", torch.tensor([[0.0, 2.0, 1.0, *[-9.0] * 5]], dtype=torch.float64))
+    assert experts.tolist() == [[1, 2]]
+    assert shares.tolist()[0] == pytest.approx([0.731059, 0.268941], abs=1e-6)  # 1 / (1 + 1/e)
 
 
 def test_deepseek_v3_projects_queries_in_two_steps_and_has_groups_of_experts():
@@ -239,8 +256,9 @@ def test_both_forwards_agree_on_random_recipes(name):
     np.testing.assert_allclose(ours, Forward(find(name)).logprobs(np.array(tokens)), atol=1e-8)
 
 
-def test_experts_are_chosen_by_a_wide_margin():
-    recipe = find("deepseek-v2-retrieve")
+@pytest.mark.parametrize("name", ["deepseek-v2-retrieve", "qwen3-moe-retrieve-k4"])
+def test_experts_are_chosen_by_a_wide_margin(name):
+    recipe = find(name)
     weights = recipe.weights()
     embedding = weights["model.embed_tokens.weight"]
     logits = embedding @ weights["model.layers.1.mlp.gate.weight"].T  # the norm gives the stream back as it is
