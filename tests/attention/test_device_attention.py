@@ -33,6 +33,12 @@ TOLERANCE = 8e-3 if GPU else 1e-5
 INF = float("inf")
 
 
+def by_kernel(*names):
+    """A test a kernel. Triton's run anywhere; those of others are marked `gpu`, and so counted where there is none."""
+    marked = [name if name.startswith("TRITON") else pytest.param(name, marks=pytest.mark.gpu) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
 def kernel(name, scale, **options):
     """The named kernel, or a skip that says why it is not here."""
     if not GPU and not name.startswith("TRITON"):
@@ -104,7 +110,7 @@ if GPU:
 
 @pytest.mark.parametrize("heads, kv_heads, dim", GQA_SHAPES)
 @pytest.mark.parametrize("page", [16, 64, 128] if GPU else [16, 64])
-@pytest.mark.parametrize("name", device.GQA_KERNELS)
+@by_kernel(*device.GQA_KERNELS)
 def test_partials_of_every_rank_are_exact_and_merge_to_the_whole(name, heads, kv_heads, dim, page):
     """Lengths with empty shards (1), a ragged end, and more than one page; three ranks, interleave 4."""
     shards = Shards([1, 150, 37, 7], heads=heads, kv_heads=kv_heads, dim=dim, kvp=3, interleave=4, page=page)
@@ -129,7 +135,7 @@ def test_partials_of_every_rank_are_exact_and_merge_to_the_whole(name, heads, kv
 
 
 @pytest.mark.parametrize("heads", [16, 128] if GPU else [5, 16])
-@pytest.mark.parametrize("name", device.MLA_KERNELS)
+@by_kernel(*device.MLA_KERNELS)
 def test_latent_partials_are_exact(name, heads, request):
     if GPU and (name, heads) == ("FLASH_ATTN_MLA", 128):
         why = "NaN where a shard holds one token, with NaN in the slots behind it; `choice` takes FLASHMLA there"
@@ -149,7 +155,7 @@ def test_latent_partials_are_exact(name, heads, request):
             torch.testing.assert_close(lse[row].double().cpu(), expected_lse, rtol=2e-3, atol=2e-2 if GPU else 1e-4)
 
 
-@pytest.mark.parametrize("name", device.GQA_KERNELS)
+@by_kernel(*device.GQA_KERNELS)
 def test_new_tokens_of_a_chunk_see_their_own_past_and_padding_sees_nothing(name):
     """One request of 9 tokens with its last 3 new, and a padding row; rank 1 of 2, interleave 2: keys 2 3 6 7."""
     shards = Shards([9], heads=4, kv_heads=1, dim=64, kvp=2, interleave=2, page=16, seed=3)
@@ -171,7 +177,7 @@ def test_new_tokens_of_a_chunk_see_their_own_past_and_padding_sees_nothing(name)
     assert (output[3] == 0).all() and (lse[3] == -INF).all()
 
 
-@pytest.mark.parametrize("name", ["TRITON", "FLASH_ATTN"])
+@by_kernel("TRITON", "FLASH_ATTN")
 @pytest.mark.parametrize("heads, kv_heads, ranks", [(8, 1, 4), (8, 2, 8)])
 def test_attention_writes_straight_into_the_send_buffer(name, heads, kv_heads, ranks):
     shards = Shards([40, 3, 100], heads=heads, kv_heads=kv_heads, dim=64, kvp=4, interleave=4)
@@ -242,7 +248,7 @@ def test_an_lse_of_no_known_base_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
-@pytest.mark.parametrize("name", device.GQA_KERNELS)
+@by_kernel(*device.GQA_KERNELS)
 def test_a_context_of_300k_tokens_a_rank(name):
     length = 300_001
     shards = Shards([length], heads=8, kv_heads=1, dim=128, page=64)
@@ -256,7 +262,7 @@ def test_a_context_of_300k_tokens_a_rank(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
-@pytest.mark.parametrize("name", device.MLA_KERNELS)
+@by_kernel(*device.MLA_KERNELS)
 def test_a_latent_context_of_270k_tokens_a_rank(name):
     shards = Shards([270_007], heads=16, kv_heads=1, dim=576, value_dim=512)
     output, lse = device.DeviceAttention(kernel(name, shards.scale)).partial(
@@ -269,7 +275,7 @@ def test_a_latent_context_of_270k_tokens_a_rank(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
-@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON"])
+@by_kernel("FLASH_ATTN", "TRITON")
 def test_a_captured_partial_follows_new_lengths_and_tables(name):
     shards = Shards([200, 130], heads=8, kv_heads=1, dim=128)
     attention = device.DeviceAttention(kernel(name, shards.scale))
@@ -294,7 +300,7 @@ def test_a_captured_partial_follows_new_lengths_and_tables(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
-@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON"])
+@by_kernel("FLASH_ATTN", "TRITON")
 def test_attention_pack_and_combine_replay_with_other_lengths_tables_and_batch_sizes(name):
     """Two ranks' attention, pack, exchange and combine in one graph; then other lengths, blocks moved, fewer rows."""
     from helix_runtime.combine import kernels

@@ -307,6 +307,8 @@ def test_unit_passes_pytest_s_arguments_and_status_on(tmp_path):
     test.write_text(
         "import pytest\ndef test_a(): pass\n@pytest.mark.server\ndef test_b(): assert 0\n"
         "@pytest.mark.nightly\ndef test_c(): assert 0\n"
+        "@pytest.mark.parametrize('on', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])\n"
+        "def test_d(on): assert on == 'cpu'\n"
     )
     conftest = (ROOT / "tests" / "conftest.py").read_text()
     (tmp_path / "conftest.py").write_text(conftest)
@@ -319,5 +321,6 @@ def test_unit_passes_pytest_s_arguments_and_status_on(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "left out: 1 'server' tests, which start real vLLM servers" in done.stdout
     assert "left out: 1 'nightly' tests" in done.stdout
+    assert "left out: 1 'gpu' tests, which need a CUDA device" in done.stdout and "2 passed" in done.stdout
     assert unit("-m", "server", "-n", "0").returncode == 1
     assert unit("-k", "no_such_test", "-n", "0").returncode == 2

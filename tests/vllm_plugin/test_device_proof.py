@@ -119,7 +119,7 @@ def test_a_graph_adds_once_whatever_its_layers(phases, kernels):
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(params=["recorded", pytest.param("cuda", marks=needs_cuda)])
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def graphs(request):
     """(proof, counters, class of its graphs): emulated on the CPU, and where there is a device on it."""
     if request.param == "recorded":
@@ -227,6 +227,7 @@ def test_captures_that_cannot_be_told_apart_add_for_every_layer(monkeypatch, cap
     assert lacks.endswith("the proof adds once a layer") and failed.endswith("the proof adds once a layer")
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_the_driver_numbers_captures():
     seen, side = [], torch.cuda.Stream()
