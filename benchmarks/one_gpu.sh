@@ -28,9 +28,9 @@ backend flashinfer FLASHINFER 500 'llama-*'
 backend flashmla FLASHMLA 500 deepseek-v2 deepseek-v2-retrieve
 backend flash-attn-mla FLASH_ATTN_MLA 500 deepseek-v2 deepseek-v2-retrieve
 backend triton-mla TRITON_MLA 500 deepseek-v2 deepseek-v2-retrieve
-backend flash-attn FLASH_ATTN 500 'llama-*'
+backend flash-attn FLASH_ATTN 500 'llama-*' 'qwen3-moe-*'
 asked limits && suite limits 240 "${JOBS:-8}" --share-gpu --suite known-limitations \
-  --cell 'hopper/*/llama-k4-h128/*' --cell 'hopper/*/deepseek-v2*/*'
+  --cell 'hopper/*/llama-k4-h128/*' --cell 'hopper/*/qwen3-moe-*/*' --cell 'hopper/*/deepseek-v2*/*'
 # The published layouts fill the GPU, and eight ranks take many minutes for a baseline: last, and alone.
 asked published && suite published 900 1 --share-gpu --suite helix-gqa --suite helix-mla \
   --cell 'hopper/*/nemotron-nano-8b/*' --cell 'hopper/*/deepseek-v2-lite/*'
