@@ -23,7 +23,8 @@ TARGET = 0.01
 
 
 def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) -> dict:
-    """Medians in µs: `graph`, a replay's addition; `tokens_device` and `tokens_host`, counting tokens once a step.
+    """Medians in µs: `graph`, a replay's addition; `tokens_device` and `tokens_host`, counting tokens once a step;
+    `eager_host`, all layers of a step whose attention is outside of graphs (eager, PIECEWISE).
 
     Both on the device are queued behind other work.
     """
@@ -74,10 +75,17 @@ def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) 
         began = time.perf_counter()
         step()
         host.append((time.perf_counter() - began) * 1e6)
+    eager = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(layers):
+            proof.ran("decode", captured=torch.cuda.is_current_stream_capturing())
+        eager.append((time.perf_counter() - began) * 1e6)
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "layers": layers, "batch": batch,
         "graph_us": statistics.median(added), "tokens_device_us": statistics.median(device),
-        "tokens_host_us": statistics.median(host), "combines_seen_by_a_replay": seen,
+        "tokens_host_us": statistics.median(host),
+        "eager_host_us": statistics.median(eager), "combines_seen_by_a_replay": seen,
     }  # fmt: skip
 
 

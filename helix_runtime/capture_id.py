@@ -12,22 +12,23 @@ import torch
 
 log = logging.getLogger(__name__)
 
+UNTOLD = -1  # a capture that cannot be told from others
 _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 
 
 def current_capture() -> int | None:
-    """The driver's number of the capture; None where there is none, or, with a warning, where it cannot be told."""
+    """The driver's number of the capture; None where there is none; UNTOLD, with a warning, where it cannot be told."""
     if not torch.cuda.is_current_stream_capturing():
         return None
     query = _query()
     if query is None:
-        return None
+        return UNTOLD
     status, number = ctypes.c_int(), ctypes.c_uint64()
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     error = query(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
     if error or status.value != _ACTIVE:
         _warn(f"cuStreamGetCaptureInfo_v2 returned {error}, status {status.value}")
-        return None
+        return UNTOLD
     return number.value
 
 

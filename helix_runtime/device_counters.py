@@ -1,8 +1,9 @@
 """Counters that live on the device, for work that Python does not see: the replays of a captured CUDA graph.
 
 Python runs once, when a graph is captured, and never when it is replayed. An addition to a tensor is captured with the
-rest and runs with every replay: one a graph, of all that its layers count (`graph_tally.py`). Nothing waits for the
-device: a thread copies the counters out from time to time.
+rest and runs with every replay: one a graph, of all that its layers count (`graph_tally.py`). What runs outside a graph
+is counted on the host, for less than a launch costs. Nothing waits for the device: a thread reads the counters now and
+then.
 """
 
 import threading
@@ -17,11 +18,11 @@ from helix_runtime.graph_tally import GRAPHS, GraphTallies
 
 
 class DeviceCounters:
-    """int64 counters by name in one tensor on `device`.
+    """int64 counters by name: in one tensor on `device`, and beside it on the host.
 
     `together`: names that are bumped at once, by one kernel; their increments are made now, because nothing may be
-    allocated while a graph is captured. `capture_id`: the number of the capture that goes on, or None; by default what
-    the CUDA driver says. Call `flush` after captures, before the first replay that shall count.
+    allocated while a graph is captured. `capture_id`: see `current_capture`, which is the default. Call `flush` after
+    captures, before the first replay that shall count.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class DeviceCounters:
     ):
         self.names = tuple(names)
         self.values = torch.zeros(len(self.names), dtype=torch.int64, device=device)
+        self.eager = np.zeros(len(self.names), dtype=np.int64)
         self.step = torch.zeros_like(self.values)
         self.follows = False  # whether a graph adds `step`
         self._index = {name: index for index, name in enumerate(self.names)}
@@ -45,12 +47,15 @@ class DeviceCounters:
     def bump(self, *names: str) -> None:
         """Add 1 to each of `names`, which is one of `together` or one name.
 
-        One addition on the current stream; while a graph is captured, one for all calls.
+        Outside of captures on the host. While a graph is captured, one addition on the current stream for all calls.
         """
-        increment = self._increments[names]
-        graph = self._graphs.current()
+        capture = self._graphs.capture()
+        if capture is None:
+            self.eager += self._on_host[names]
+            return
+        graph = self._graphs.of(capture)
         if graph is None:
-            self.values.add_(increment)
+            self.values.add_(self._increments[names])
             return
         if not graph.counts.any():
             self.values.add_(graph.device_counts)
@@ -62,7 +67,8 @@ class DeviceCounters:
         While a graph is captured, one addition for all calls.
         """
         self.follows = True
-        graph = self._graphs.current()
+        capture = self._graphs.capture()
+        graph = None if capture is None else self._graphs.of(capture)
         if graph is None:
             self.values.add_(self.step)
             return
@@ -84,12 +90,13 @@ class DeviceCounters:
 
     def reset(self) -> None:
         self.values.zero_()
+        self.eager[:] = 0
 
     def read(self) -> list[int]:
         """The values now. Waits for a copy, not for the device's current stream: work that is queued may be missing."""
         cuda = self.values.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self.values.device)) if cuda else nullcontext():
-            return self.values.tolist()
+            return (self.values.cpu().numpy() + self.eager).tolist()
 
     def _increment(self, names: tuple[str, ...]) -> np.ndarray:
         return np.array([int(name in names) for name in self.names], dtype=np.int64)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from helix_runtime.capture_id import UNTOLD
+
 log = logging.getLogger(__name__)
 
 #: Captures that can be tallied. vLLM captures some two a batch size; captures without attention take no row.
@@ -30,7 +32,7 @@ class Tally:
 class GraphTallies:
     """Rows for `graphs` captures of `width` counters, allocated now: a capture allows no allocation.
 
-    capture_id: the number of the capture that the current stream is part of, or None.
+    capture_id: the number of the capture that the current stream is part of, or None; UNTOLD where it has none.
     """
 
     def __init__(self, device: torch.device | str, width: int, capture_id: Callable[[], int | None], graphs: int):
@@ -40,13 +42,16 @@ class GraphTallies:
         self._tallies: dict[int, Tally | None] = {}
         self._dirty = False
 
-    def current(self) -> Tally | None:
-        """The tally of the capture that goes on, to be added to; None: add on the device, now.
+    def capture(self) -> int | None:
+        """The capture that goes on; None where there is none."""
+        return self._capture_id()
 
-        None where nothing is captured, where captures cannot be told apart, and where no row is left.
+    def of(self, capture: int) -> Tally | None:
+        """The tally of a capture that goes on, to be added to; None: add on the device, every time.
+
+        None where captures cannot be told apart, and where no row is left.
         """
-        capture = self._capture_id()
-        if capture is None:
+        if capture == UNTOLD:
             return None
         if capture not in self._tallies:
             self._tallies[capture] = self._next()

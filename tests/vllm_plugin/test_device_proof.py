@@ -40,7 +40,16 @@ def test_bumping_allocates_nothing_and_keeps_its_address():
     with pytest.raises(KeyError):
         counters.bump("b", "a")  # an increment that was not made beforehand
     counters.bump("a", "b")
-    assert counters.values.data_ptr() == before
+    assert counters.values.data_ptr() == before and counters.read() == [1, 1]
+
+
+def test_what_runs_outside_of_captures_is_counted_without_the_device():
+    """A launch a layer would be felt where layers run one by one; a number on the host is not."""
+    proof, counters = recording()
+    proof.ran("decode")
+    proof.overlapped()
+    assert not counters.values.any()
+    assert read(counters) == {"decode_attention": 1, "decode_combine": 1, "overlapped_combine": 1}
 
 
 def test_nothing_is_written_for_the_step_where_no_graph_adds_it():
