@@ -14,8 +14,8 @@ from harness.transcript import Transcript
 
 #: A change below this is none: an fp32 logprob around -10 has a resolution of 1e-6.
 RESOLUTION = 1e-7
-#: For levels, a change below this share of the null's median counts as this share: steps that are identical by luck
-#: must not outweigh others that are twice as loud.
+#: For levels, a change below this share of the null's median counts as this share: a step that hardly changed, by
+#: luck, must not outweigh others that are twice as loud.
 QUIET = 0.25
 LEAST_STEPS = 100  # decode steps of a null that can stand for itself
 MOSTLY = 0.5
@@ -64,11 +64,16 @@ def calibrate(
             f"roundings of {dtype} where {MOST_ROUNDINGS:,} is the most that rounding is taken for: one of two is wrong"
         )
     prefill = [step for step in steps if step.prefill]
-    floor = max(RESOLUTION, QUIET * float(np.median([step.widest for step in decode])))
+    # What is judged was reordered in every step: how loud that is, only the null's steps say in which something was.
+    changed = [step for step in decode if step.widest > RESOLUTION]
+    floor = QUIET * float(np.median([step.widest for step in changed]))
+    phases = _phase(prefill, changed, floor, shapes), _phase(changed, changed, floor, shapes)
+    identical = {(step.prompt, step.bin) for step in decode} - {(row.prompt, row.bin) for row in phases[1].rows}
+    rows = tuple(Row(prompt=prompt, bin=bin_, mean=phases[1].level, n=1) for prompt, bin_ in sorted(identical))
     first = pairs[0].baseline
     return Band(
         name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=sources, floor=floor,
-        prefill=_phase(prefill, decode, floor, shapes), decode=_phase(decode, decode, floor, shapes), spread=spread,
+        prefill=phases[0], decode=phases[1].model_copy(update={"rows": phases[1].rows + rows}), spread=spread,
     )  # fmt: skip
 
 

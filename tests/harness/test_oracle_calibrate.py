@@ -58,6 +58,26 @@ def test_identical_runs_are_listed_and_not_used():
         band_from()
 
 
+def test_steps_that_are_identical_by_luck_do_not_mute_the_level_of_their_group():
+    """Two in five steps here are the baseline's own, of two prompts all: the rest tells how loud rounding is."""
+    loud = band_from(NullPair("tp size", TP4, TP1))
+
+    def lucky(answer, theirs, all_of_it):
+        both = enumerate(zip(answer.steps, theirs.steps, strict=True))
+        steps = tuple(other if n and (all_of_it or n % 5 < 2) else step for n, (step, other) in both)
+        return answer.model_copy(update={"steps": steps})
+
+    mixed = [lucky(*pair, n < 2) for n, pair in enumerate(zip(TP1.answers, TP4.answers, strict=True))]
+    band = band_from(NullPair("tp size", TP4, TP1.model_copy(update={"answers": tuple(mixed)})))
+    assert 0.4 < band.sources[0].identical < 0.5 and band.sources[0].used
+    assert band.decode.level == pytest.approx(loud.decode.level, abs=0.1)
+    assert band.floor == pytest.approx(loud.floor, rel=0.1)
+    means = {(row.prompt, row.bin): row.mean for row in band.decode.rows}
+    wanted = {(row.prompt, row.bin): row.mean for row in loud.decode.rows}
+    assert means.keys() == wanted.keys()  # steps are still paired with the null of their own prompt and positions
+    assert all(abs(means[row] - wanted[row]) < 1 for row in means)
+
+
 def test_too_few_steps_are_no_null():
     few = {"prompts": PROMPTS[:2]}
     with pytest.raises(ValueError, match="only 46 null steps"):
