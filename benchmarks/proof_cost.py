@@ -44,7 +44,7 @@ def counters_alone(layers: int = LAYERS, batch: int = BATCH, rounds: int = 200) 
             for _ in range(layers):
                 work.add_(1)
                 if counted:
-                    proof.ran("decode")
+                    proof.ran("decode", captured=True)
         return made
 
     with_proof, without = graph_of(True), graph_of(False)

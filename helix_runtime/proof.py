@@ -158,14 +158,18 @@ class ProofWriter:
         `captured`: a CUDA graph is being captured, and every replay shall count. One that is captured with several new
         tokens a request serves any batch: what its replay ran is what `step_is` said of the step.
         """
-        names = (f"{phase}_attention", f"{phase}_combine") if combined else (f"{phase}_attention",)
-        if self.on_device and captured and phase == "prefill":
-            self.on_device.bump_step()
-        elif self.on_device:
-            self.on_device.bump(*names, *(["replayed_combine"] if captured else []))
-        else:
+        names = _RAN[phase, combined]
+        if not self.on_device:
             for name in names:
                 self.count(name)
+        elif not captured:
+            self.on_device.bump_eager(names)
+        elif not combined:
+            self.on_device.bump(*names)
+        elif phase == "prefill":
+            self.on_device.bump_step()
+        else:
+            self.on_device.bump(*names, "replayed_combine")
 
     def overlapped(self) -> None:
         """Count a combine that ran beside the attention of the next micro-batch; replays of a graph count it too."""
@@ -206,6 +210,9 @@ def read_proofs(folder: str | os.PathLike) -> list[RankProof]:
 #: What `ProofWriter.ran` counts at once.
 _PAIRS = {phase: (f"{phase}_attention", f"{phase}_combine") for phase in ("decode", "prefill")}
 _REPLAYED = {phase: (*pair, "replayed_combine") for phase, pair in _PAIRS.items()}
+_RAN = {(phase, True): pair for phase, pair in _PAIRS.items()} | {
+    (phase, False): pair[:1] for phase, pair in _PAIRS.items()
+}
 TOGETHER = (*_PAIRS.values(), *_REPLAYED.values())
 
 _INDEX = {name: index for index, name in enumerate(COUNTERS)}

@@ -22,7 +22,7 @@ _RESTRICTIONS_CAPTURED = ("rank", "head")
 def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Tensor, *args, **how):
     """`combine(output, lse, …)` of this rank's partial, output [T, H, D] and lse [T, H], counted as `phase`."""
     context = current()
-    context.proof.ran(phase, captured=torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    context.proof.ran(phase, captured=capturing())
     fault, site = _struck(context, phase, lse)
     if fault is NO_FAULT:
         return combine(output, lse, *args, **how)
@@ -33,6 +33,11 @@ def combined(phase: str, combine: Callable, output: torch.Tensor, lse: torch.Ten
     if isinstance(merged, tuple):
         return fault.merged(merged[0], site).contiguous(), *merged[1:]
     return fault.merged(merged, site).contiguous()
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured; False on a host without a GPU (tests)."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def count_written(slot_mapping: torch.Tensor) -> None:

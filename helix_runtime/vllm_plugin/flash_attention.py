@@ -19,7 +19,7 @@ from vllm.v1.attention.backends import flash_attn as upstream
 from helix_runtime.overlap import Lanes, StreamLanes, ThreadLanes, micro_batches, overlapped
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
-from helix_runtime.vllm_plugin.cuda_combine import combined, count_written
+from helix_runtime.vllm_plugin.cuda_combine import capturing, combined, count_written
 from helix_runtime.vllm_plugin.owned_kv_heads import owned_kv_heads
 
 _MODULE = "vllm.v1.attention.backends.flash_attn"
@@ -58,7 +58,7 @@ def _forward_with_dcp(original):
     def forward_with_dcp(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales):
         context = current()
         if not attn_metadata.max_dcp_context_kv_len:  # new requests only: no one combines
-            context.proof.ran("prefill", combined=False)
+            context.proof.ran("prefill", combined=False, captured=capturing())
         _count_combine(self).phase = "decode" if attn_metadata.max_query_len == 1 else "prefill"
         if not context.helix:
             return original(self, query, key, value, key_cache, value_cache, output, attn_metadata, **descales)
