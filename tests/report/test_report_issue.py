@@ -202,7 +202,7 @@ def test_the_bad_cells_of_the_committed_evidence_are_those_that_its_pages_explai
         "helix-gqa/FLASHINFER/llama-k4-h128/tp4-dcp2", "standard-tp/FLASHINFER/llama-k1-h128/tp4",
         "standard-tp/FLASHINFER/llama-k4-h128/tp4", "standard-tp/FLASH_ATTN_MLA/deepseek-v2/tp4",
     ]  # fmt: skip
-    assert {news.history.runs[without].name for _, without in news.left} == {"2026-11-26-h200"}
+    assert {news.history.runs[without].name for _, without in news.left} == {"2026-11-26-h200-second"}
 
 
 def test_a_night_that_could_not_judge_changes_nothing(tmp_path):
