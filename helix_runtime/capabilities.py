@@ -71,8 +71,9 @@ _PRIORITIES: dict[tuple[str, bool, str], tuple[str, ...]] = {
 
 #: Backends that the plugin lets run with context parallelism on CUDA, by kind of model; it refuses all others.
 PLUGIN_ON_CUDA = {"GQA": ("FLASH_ATTN", "FLASHINFER"), "MLA": ("FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")}
-#: Those that cells have judged inside vLLM's CUDA graphs on four GPUs, and the modes (reports/2026-11-26-h200-x4).
-IN_CUDA_GRAPHS = ("FLASH_ATTN", "FLASH_ATTN_MLA", "FLASHMLA")
+#: Those that cells have judged inside vLLM's CUDA graphs on four GPUs, and the modes (reports/2026-11-26-h200-x4;
+#: FLASHINFER in reports/2026-11-26-h200-x4-second).
+IN_CUDA_GRAPHS = ("FLASH_ATTN", "FLASHINFER", "FLASH_ATTN_MLA", "FLASHMLA")
 GRAPH_MODES = ("PIECEWISE", "FULL_AND_PIECEWISE", "FULL")
 
 

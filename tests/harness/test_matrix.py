@@ -166,14 +166,18 @@ def test_what_the_plugin_refuses_on_cuda_is_declared_so():
             "no LSE for decode, so partial results cannot be merged (no DCP) [v1/",
         ),
         ("auto", {"enforce-eager": True}, "with the backend that vLLM would choose"),
-        ("FLASHINFER", {}, "with FLASHINFER inside CUDA graphs on four GPUs; add --enforce-eager"),
         ("FLASH_ATTN", {"compilation-config.cudagraph_mode": "FULL_DECODE_ONLY"}, "graphs of mode FULL_DECODE_ONLY"),
     ):
         (item,) = expand([suite(hardware="hopper", backend=backend, model=model, serve=serve)], [hopper(8)])
         assert item.declared is Verdict.REJECTED and why in item.declared_why and why in item.refusal
-    for serve in ({"enforce-eager": True}, {}):
-        _, item = expand([suite(hardware="hopper", backend="FLASH_ATTN", model=model, serve=serve)], [])
-        assert item.declared is Verdict.PASS
+    for backend in ("FLASH_ATTN", "FLASHINFER"):
+        for serve in ({"enforce-eager": True}, {}):
+            _, item = expand([suite(hardware="hopper", backend=backend, model=model, serve=serve)], [])
+            assert item.declared is Verdict.PASS
+    mla = suite(mode="helix-mla", hardware="hopper", backend="TRITON_MLA", model="recipe:deepseek-v2",
+                layout={"tp": 4, "dcp": 4})  # fmt: skip
+    (item,) = expand([mla], [hopper(8)])
+    assert "with TRITON_MLA inside CUDA graphs on four GPUs; add --enforce-eager" in item.refusal
 
 
 @pytest.mark.parametrize(("backend", "file"), [("CUTLASS_MLA", "cutlass_mla"), ("FLASHINFER_MLA", "flashinfer_mla")])

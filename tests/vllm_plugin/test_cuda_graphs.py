@@ -44,15 +44,20 @@ def test_what_cannot_be_proved_is_refused(admit, asked, says):
 
 
 def test_the_option_lifts_the_refusal_of_graphs_and_no_other():
-    refused = plugin_refusal_on_cuda("FLASHINFER", False, eager=False)
-    assert "unproved_cuda_graphs" in refused and "--attention-backend FLASH_ATTN " in refused
-    assert plugin_refusal_on_cuda("FLASHINFER", False, eager=False, unproved_cuda_graphs=True) is None
-    assert plugin_refusal_on_cuda("FLASHINFER", False, eager=False, graph_mode="NONE") is None
+    refused = plugin_refusal_on_cuda("TRITON_MLA", True, eager=False)
+    assert "unproved_cuda_graphs" in refused and "--attention-backend FLASH_ATTN_MLA, FLASHMLA " in refused
+    assert plugin_refusal_on_cuda("TRITON_MLA", True, eager=False, unproved_cuda_graphs=True) is None
+    assert plugin_refusal_on_cuda("TRITON_MLA", True, eager=False, graph_mode="NONE") is None
     assert "no cell has proved" in plugin_refusal_on_cuda("TRITON_ATTN", False, False, unproved_cuda_graphs=True)
 
 
 def test_what_cells_have_judged_needs_no_option():
-    for backend, mla in (("FLASH_ATTN", False), ("FLASHMLA", True), ("FLASH_ATTN_MLA", True)):
+    for backend, mla in (
+        ("FLASH_ATTN", False),
+        ("FLASHINFER", False),
+        ("FLASHMLA", True),
+        ("FLASH_ATTN_MLA", True),
+    ):
         for mode in (None, "PIECEWISE", "FULL_AND_PIECEWISE", "FULL"):
             assert plugin_refusal_on_cuda(backend, mla, eager=False, graph_mode=mode) is None
     other = plugin_refusal_on_cuda("FLASH_ATTN", False, eager=False, graph_mode="FULL_DECODE_ONLY")
