@@ -1,6 +1,7 @@
 """Several ledgers as one: what counts, what is missing, what is refused."""
 
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,28 @@ def test_the_committed_cpu_and_h200_runs_are_one_matrix_with_both_columns(tmp_pa
     column = next(place for place, head in enumerate(heads) if "hopper: Standard TP" in head)
     row = next(line for line in summary if line.startswith(r"| FLASH\_ATTN |")).split("|")
     assert "pass" in row[column] and "cpu: Helix" in "|".join(heads)
+
+
+def test_the_readme_s_matrix_is_that_of_the_committed_runs(merged):
+    """Its command, and what that counts."""
+    readme = (ROOT / "README.md").read_text()
+    command = readme[readme.index("./test_helix.sh merge reports/") :].split("--into DIR")[0].replace("\\", " ").split()
+    folders = [word for word in command if word.startswith("reports/")]
+    _, run, _ = merged(*(ROOT / folder for folder in folders), allow=["suites", "code"])
+    counts = defaultdict(Counter)
+    for one in run.results:
+        if one.verdict is not Verdict.SKIP and not one.cell.fault:
+            mode = "helix" if one.cell.mode.helix else str(one.cell.mode)
+            counts[one.cell.backend, one.cell.hardware, mode][str(one.verdict)] += 1
+    names = {"pass": "✓", "rejected": "refused"}
+    order = ("pass", "xfail", "fail", "rejected", "error")
+
+    def said(*key: str) -> str:
+        return ", ".join(
+            f"{names.get(verdict, verdict)} {counts[key][verdict]}" for verdict in order if counts[key][verdict]
+        )
+
+    for backend, hardware in {key[:2] for key in counts}:
+        cells = [said(backend, hardware, mode) for mode in ("standard-tp", "standard-dcp", "helix")]
+        line = " | ".join([backend, {"cpu": "CPU", "hopper": "Hopper"}[hardware], *cells])
+        assert f"| {line} |".replace("|  |", "| |").replace("|  |", "| |") in readme, line
