@@ -184,6 +184,26 @@ def test_hardware_may_be_named_for_planning(call):
     assert "4  The fastest" in " ".join(out.split()).replace(" The", "  The")
 
 
+def test_assumed_hardware_is_counted_by_what_it_would_run(call):
+    def counts(*argv, found=(CPU,)):
+        _, out, _ = call("--list", "--suite", "helix-gqa", *argv, found=found)
+        head, row = (line.split() for line in out.splitlines()[2:4])
+        return head[2], int(row[1]), int(row[2]), out.splitlines()[5]
+
+    where, cells, there, last = counts("--hardware", "hopper")
+    assert (where, cells, there) == ("hopper", *counts(found=[HOPPER])[1:3])
+    assert last.endswith(f"{there} would run on hopper with as many GPUs as they need, 0 can run here.")
+    _, _, here, last = counts()
+    assert last.endswith(f"(suites share some), {here} can run here.")
+    assert counts("--hardware", "hopper,cpu")[:3] == ("hopper,cpu", cells, there + here)
+
+    def as_json(*argv):
+        return json.loads(call("--list", "--suite", "helix-gqa", "--format", "json", *argv)[1])["suites"][0]
+
+    assert (as_json("--hardware", "hopper")["here"], as_json("--hardware", "hopper")["assumed"]) == (0, there)
+    assert as_json().keys() == {"name", "description", "cells", "here"}
+
+
 def test_a_run_reports_and_ends_0(call, fake, tmp_path):
     runner = fake()
     status, out, _ = call("--suite", "smoke", "--jobs", "2")
