@@ -312,6 +312,16 @@ def test_python_m_harness_is_the_same_program_and_needs_no_heavy_import():
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
+def test_python_m_harness_without_the_environment_says_what_is_missing_and_the_next_command():
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-m", "harness", "--cell", "*/i16", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=bare, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "has no module 'pydantic'; ./test_helix.sh --cell '*/i16' --list makes an environment" in line
+    assert line.endswith("pip install -e '.[dev]'")
+
+
 def test_what_a_run_holds_for_hours_is_without_heavy_imports():
     code = (
         "import sys, harness.cli, harness.progress, harness.runner\n"
