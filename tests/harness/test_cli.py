@@ -184,6 +184,26 @@ def test_hardware_may_be_named_for_planning(call):
     assert "4  The fastest" in " ".join(out.split()).replace(" The", "  The")
 
 
+def test_assumed_hardware_is_counted_by_what_it_would_run(call):
+    def counts(*argv, found=(CPU,)):
+        _, out, _ = call("--list", "--suite", "helix-gqa", *argv, found=found)
+        head, row = (line.split() for line in out.splitlines()[2:4])
+        return head[2], int(row[1]), int(row[2]), out.splitlines()[5]
+
+    where, cells, there, last = counts("--hardware", "hopper")
+    assert (where, cells, there) == ("hopper", *counts(found=[HOPPER])[1:3])
+    assert last.endswith(f"{there} would run on hopper with as many GPUs as they need, 0 can run here.")
+    _, _, here, last = counts()
+    assert last.endswith(f"(suites share some), {here} can run here.")
+    assert counts("--hardware", "hopper,cpu")[:3] == ("hopper,cpu", cells, there + here)
+
+    def as_json(*argv):
+        return json.loads(call("--list", "--suite", "helix-gqa", "--format", "json", *argv)[1])["suites"][0]
+
+    assert (as_json("--hardware", "hopper")["here"], as_json("--hardware", "hopper")["assumed"]) == (0, there)
+    assert as_json().keys() == {"name", "description", "cells", "here"}
+
+
 def test_a_run_reports_and_ends_0(call, fake, tmp_path):
     runner = fake()
     status, out, _ = call("--suite", "smoke", "--jobs", "2")
@@ -290,6 +310,16 @@ def test_python_m_harness_is_the_same_program_and_needs_no_heavy_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
+
+
+def test_python_m_harness_without_the_environment_says_what_is_missing_and_the_next_command():
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-m", "harness", "--cell", "*/i16", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=bare, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "has no module 'pydantic'; ./test_helix.sh --cell '*/i16' --list makes an environment" in line
+    assert line.endswith("pip install -e '.[dev]'")
 
 
 def test_what_a_run_holds_for_hours_is_without_heavy_imports():

@@ -1,5 +1,8 @@
 """Detection from what the drivers say, and what a host without a GPU is."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from harness import hardware
@@ -59,6 +62,68 @@ def test_nvidia_smi_lines():
         Device("NVIDIA H200", "9.0", 143771 * 2**20),
         Device("NVIDIA RTX, Special", "12.0", 97887 * 2**20),
     ]
+
+
+class StubNvml:
+    """Some GPUs, with NVML's answer about each pair; an answer of None raises."""
+
+    NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK, NVML_P2P_STATUS_UNKNOWN = 2, 0, 6
+    NVMLError = RuntimeError
+
+    def __init__(self, count, answer):
+        self.count, self.answer = count, answer
+
+    def nvmlInit(self): ...
+
+    def nvmlShutdown(self): ...
+
+    def nvmlDeviceGetCount(self):
+        return self.count
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return SimpleNamespace(index=index)
+
+    def nvmlDeviceGetName(self, handle):
+        return b"NVIDIA H200"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle):
+        return 9, 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return SimpleNamespace(total=141 * GIB)
+
+    def nvmlDeviceGetP2PStatus(self, one, other, what):
+        assert what == self.NVML_P2P_CAPS_INDEX_NVLINK
+        assert one.index != other.index
+        status = self.answer(one.index, other.index)
+        if status is None:
+            raise self.NVMLError("Not Supported")
+        return status
+
+
+def by_twos(one, other):  # bridges between 0 and 1, and 2 and 3; NOT_SUPPORTED elsewhere
+    return 0 if one // 2 == other // 2 else 5
+
+
+@pytest.mark.parametrize(
+    ("count", "answer", "visible", "nvlinks", "words"),
+    [
+        (4, lambda *_: 0, None, ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)), "NVLink between all)"),
+        (4, by_twos, None, ((0, 1), (2, 3)), "NVLink only between 0-1, 2-3)"),
+        (4, by_twos, "2,3", ((2, 3),), "NVLink between all)"),
+        (4, by_twos, "1,2", (), "no NVLink)"),
+        (4, by_twos, "GPU-aa,GPU-bb", None, "NVLink unknown)"),
+        (2, lambda *_: None, None, None, "NVLink unknown)"),
+        (2, lambda *_: 6, None, None, "NVLink unknown)"),
+        (1, lambda *_: None, None, (), "compute capability 9.0)"),
+    ],
+)
+def test_pairs_that_nvlink_joins(monkeypatch, count, answer, visible, nvlinks, words):
+    monkeypatch.setitem(sys.modules, "pynvml", StubNvml(count, answer))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (found,) = detect(hardware._query_nvml, visible)
+    assert found.nvlinks == nvlinks
+    assert str(found).endswith(words)
 
 
 def test_nvidia_smi_is_asked_where_nvml_says_nothing(monkeypatch, tmp_path):
