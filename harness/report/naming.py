@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from harness.matrix import SHARE_GPU
+
+#: What a reader must know of such a cell's times.
+ON_ONE_GPU = "all ranks on one GPU: for validation, not for speed"
+
 
 @dataclass(frozen=True)
 class Name:
@@ -33,6 +38,10 @@ def name_of(
         options += [comm] if comm else []
         options += [f"interleave {interleave}"]
     # The first parts of an id are hardware, mode, backend, model and layout.
-    notes = [part for part in cell_id.split("/")[5:] if "=" in part and not part.startswith("fault=")]
+    notes = [
+        ON_ONE_GPU if part == f"{SHARE_GPU}=True" else part
+        for part in cell_id.split("/")[5:]
+        if "=" in part and not part.startswith("fault=")
+    ]
     notes += [f"planted defect: {fault}"] if fault else []
     return Name(place=f"{backend} · {column} · {hardware}", model=model, options=options, notes=notes)
