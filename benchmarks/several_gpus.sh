@@ -43,11 +43,14 @@ if asked hop-b; then
 fi
 if asked proof; then  # what the proof of path costs a step of a real engine
   model=$(python3 -m harness.models deepseek-v2-lite-512k 2> /dev/null | tail -n 1)
-  part proof 420 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 256 \
-    --json "$out/proof-cost-engine-$name.json" --engine '{
-      "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
-      "kv_cache_memory_bytes": 21474836480, "dcp_comm_backend": "a2a",
-      "compilation_config": {"pass_config": {"fuse_allreduce_rms": false}}}'
+  for mode in FULL_AND_PIECEWISE PIECEWISE NONE; do  # an engine takes a minute to start, and there are two a mode
+    part "proof-$mode" 300 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 192 --turns 1 \
+      --json "$out/proof-cost-engine-$name-$mode.json" --engine '{
+        "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 21474836480, "dcp_comm_backend": "a2a", "max_cudagraph_capture_size": 64,
+        "enforce_eager": '"$([ $mode = NONE ] && echo true || echo false)"',
+        "compilation_config": {"cudagraph_mode": "'$mode'", "pass_config": {"fuse_allreduce_rms": false}}}'
+  done
 fi
 if asked perf; then
   suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=140000/*"
