@@ -16,6 +16,8 @@ Comm = Literal["a2a", "ag_rs"]
 Value = str | int | float | bool
 #: The serve option that names vLLM's mode of CUDA graphs: PIECEWISE, FULL_DECODE_ONLY, FULL_AND_PIECEWISE, FULL.
 CUDA_GRAPHS = "compilation-config.cudagraph_mode"
+#: The Helix option that puts all ranks on one GPU. The only one that a baseline may carry: it is compared with TP1.
+SHARE_GPU = "share_gpu"
 
 
 class Mode(StrEnum):
@@ -67,6 +69,11 @@ class Cell(Frozen):
     def stock(self) -> bool:
         """Whether its server runs without any hook of ours: baselines, and releases that the plugin does not run on."""
         return self.baseline or self.vllm_version not in SUPPORTED_VLLM
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether all its ranks are put on one GPU."""
+        return (SHARE_GPU, True) in self.helix
 
     @property
     def tpa(self) -> int:

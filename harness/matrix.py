@@ -12,7 +12,7 @@ from importlib import metadata
 from itertools import product
 
 from harness.bench.spec import BenchSpec
-from harness.cell import CUDA_GRAPHS, Cell, Mode, Value
+from harness.cell import CUDA_GRAPHS, SHARE_GPU, Cell, Mode, Value
 from harness.declared import Declaration, comparable_tp, declare, standard_tp_problem
 from harness.frozen import Frozen
 from harness.hardware import Hardware
@@ -23,9 +23,6 @@ from helix_runtime.capabilities import UnknownName
 from helix_runtime.capability_rows import DEFAULT_VLLM, NIGHTLY
 
 LIMIT_CELLS = 20_000
-
-#: The Helix option that puts all ranks on one GPU. The only one that a baseline may carry: it is compared with TP1.
-SHARE_GPU = "share_gpu"
 
 #: Options by which a server reads again what it wrote of a prompt, in second chunks and recomputation too; and the one
 #: by which it does not. The reference of baselines has none of the former.
@@ -81,7 +78,7 @@ def expand(suites: Sequence[Suite], hardware: Sequence[Hardware], share_gpu: boo
             raise _unusable(suite, f"two cells are both called {cell.id}; give one an option that tells them apart")
         if len(plan) >= LIMIT_CELLS:
             raise _unusable(suite, f"more than {LIMIT_CELLS} cells; narrow an axis")
-        place = (cell.hardware, cell.tp, (SHARE_GPU, True) in cell.helix, cell.vllm_version)
+        place = (cell.hardware, cell.tp, cell.shares_gpu, cell.vllm_version)
         if place not in skips:
             skips[place] = skip_reason(cell, hardware)
         lost = standard_tp_problem(cell.model, cell.tp, cell.hardware) if cell.baseline or base else None
@@ -201,7 +198,7 @@ def skip_reason(cell: Cell, hardware: Sequence[Hardware]) -> str | None:
         return f"no {cell.hardware} here; this host is planned with {has}"
     if not here.detected:
         return f"{cell.hardware} is assumed for planning, and is not on this host"
-    if cell.hardware != "cpu" and not here.holds(cell.tp) and (SHARE_GPU, True) not in cell.helix:
+    if cell.hardware != "cpu" and not here.holds(cell.tp) and not cell.shares_gpu:
         has = f"{here.hosts} hosts have {here.count} each" if here.hosts > 1 else f"this host has {here.count}"
         return f"needs {cell.tp} {cell.hardware} GPUs; {has} (--share-gpu puts all ranks on one)"
     if cell.vllm_version != DEFAULT_VLLM and (found := installed_vllm()) != cell.vllm_version:

@@ -14,7 +14,6 @@ GIB = 2**30
 CPU_SERVER_BYTES = 1 * GIB
 CPU_RANK_BYTES = GIB // 2
 _CACHE = "kv-cache-memory-bytes"
-_SHARE_GPU = ("share_gpu", True)
 _UTILIZATION = "gpu-memory-utilization"
 
 
@@ -51,13 +50,13 @@ class Room(Frozen):
 def need_of(cell: Cell, cores: int) -> Need:
     """What `cell` takes of a host with `cores` cores. Ranks on a CPU share cores where there are fewer than ranks."""
     if cell.hardware != "cpu":
-        gpus = 1 if _SHARE_GPU in cell.helix else cell.tp
+        gpus = 1 if cell.shares_gpu else cell.tp
         # A cell that says how much it takes of its GPUs leaves the rest to others. Without a size of its cache vLLM
         # measures what is free, and would take what another server allocates meanwhile for its own.
         serve = dict(cell.serve)
         share = float(serve.get(_UTILIZATION, 1.0)) if _CACHE in serve else 1.0
         # Ranks that share a GPU wait for each other most of the time.
-        busy = -(-cell.tp // 2) if _SHARE_GPU in cell.helix else cell.tp
+        busy = -(-cell.tp // 2) if cell.shares_gpu else cell.tp
         return Need(gpus=gpus, share=share, cores=min(busy, cores))
     cache = int(dict(cell.serve).get(_CACHE, GIB))
     rank = CPU_RANK_BYTES + cache

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, TypeVar
 
 import torch
@@ -75,7 +76,8 @@ class StreamLanes:
 
 
 class ThreadLanes:
-    """One thread, for CPU: a collective waits in it for its peers while the caller computes. Order is kept."""
+    """One thread, for CPU: a collective waits in it for its peers while the caller computes. Order is kept, and so is
+    the caller's inference mode, which a thread does not inherit."""
 
     def __init__(self):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="helix-exchange")
@@ -85,10 +87,13 @@ class ThreadLanes:
         """Nothing: the caller's work is done when it returns."""
 
     def submit(self, exchange: Callable[[], None], after: Future | None = None) -> Future:
+        inference = torch.is_inference_mode_enabled()
+
         def run():
             if after is not None:
                 after.result()
-            exchange()
+            with torch.inference_mode(inference):
+                exchange()
 
         self._pending.append(self._thread.submit(run))
         return self._pending[-1]
@@ -98,6 +103,12 @@ class ThreadLanes:
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
+
+
+@cache
+def lanes_of(device: torch.device) -> Lanes:
+    """This process's lanes for work on `device`: made once."""
+    return StreamLanes(device) if device.type == "cuda" else ThreadLanes()
 
 
 def overlapped(

@@ -210,8 +210,8 @@ def read_proofs(folder: str | os.PathLike) -> list[RankProof]:
 #: What `ProofWriter.ran` counts at once.
 _PAIRS = {phase: (f"{phase}_attention", f"{phase}_combine") for phase in ("decode", "prefill")}
 _REPLAYED = {phase: (*pair, "replayed_combine") for phase, pair in _PAIRS.items()}
-_RAN = {(phase, True): pair for phase, pair in _PAIRS.items()} | {
-    (phase, False): pair[:1] for phase, pair in _PAIRS.items()
+_RAN = {
+    (phase, combined): pair if combined else pair[:1] for phase, pair in _PAIRS.items() for combined in (True, False)
 }
 TOGETHER = (*_PAIRS.values(), *_REPLAYED.values())
 

@@ -67,13 +67,14 @@ def calibrate(
     # What is judged was reordered in every step: how loud that is, only the null's steps say in which something was.
     changed = [step for step in decode if step.widest > RESOLUTION]
     floor = QUIET * float(np.median([step.widest for step in changed]))
-    phases = _phase(prefill, changed, floor, shapes), _phase(changed, changed, floor, shapes)
-    identical = {(step.prompt, step.bin) for step in decode} - {(row.prompt, row.bin) for row in phases[1].rows}
-    rows = tuple(Row(prompt=prompt, bin=bin_, mean=phases[1].level, n=1) for prompt, bin_ in sorted(identical))
+    null = _phase(changed, changed, floor, shapes)
+    identical = {(step.prompt, step.bin) for step in decode} - {(row.prompt, row.bin) for row in null.rows}
+    rows = tuple(Row(prompt=prompt, bin=bin_, mean=null.level, n=1) for prompt, bin_ in sorted(identical))
     first = pairs[0].baseline
     return Band(
         name=name, dtype=first.dtype, model=model, workload_key=first.workload_key, sources=sources, floor=floor,
-        prefill=phases[0], decode=phases[1].model_copy(update={"rows": phases[1].rows + rows}), spread=spread,
+        prefill=_phase(prefill, changed, floor, shapes),
+        decode=null.model_copy(update={"rows": null.rows + rows}), spread=spread,
     )  # fmt: skip
 
 

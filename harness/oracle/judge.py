@@ -104,8 +104,10 @@ def _agreement(found: Comparison, statistics: tuple[Statistic, ...]) -> str:
 def _disagreement(found: Comparison, alarms: list[Statistic]) -> str:
     """A missing answer says more than the numbers that it made infinite; then the first statistic in order."""
     first = alarms[0]
-    value = f"{first.value:.3g} {first.unit}" if first.value < NO_NUMBER else "no number (NaN or infinite)"
-    reason = f"{first.name} is {value}, bound {first.bound:.3g}{'' if first.value < NO_NUMBER else f' {first.unit}'}"
+    if first.value < NO_NUMBER:
+        reason = f"{first.name} is {first.value:.3g} {first.unit}, bound {first.bound:.3g}"
+    else:
+        reason = f"{first.name} is no number (NaN or infinite), bound {first.bound:.3g} {first.unit}"
     if first.note:
         reason += f" ({first.note})"
     of_phase = [step for step in found.steps if step.prefill == first.name.startswith("prefill")]

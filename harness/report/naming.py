@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from harness.matrix import SHARE_GPU
+from harness.cell import SHARE_GPU
 
 #: What a reader must know of such a cell's times.
 ON_ONE_GPU = "all ranks on one GPU: for validation, not for speed"

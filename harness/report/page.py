@@ -12,7 +12,6 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness import ledger
-from harness.matrix import SHARE_GPU
 from harness.oracle.alarms import Table as Alarms
 from harness.oracle.caught import rows_of as defects_of
 from harness.report.cells import drawn as cells_drawn
@@ -189,7 +188,7 @@ def lede(run: Run) -> str:
         f"{plural(counts[Effect.INFRASTRUCTURE], 'infrastructure error')}" if counts[Effect.INFRASTRUCTURE] else "",
         f"{counts[Effect.NEUTRAL]:,} not run here" if counts[Effect.NEUTRAL] else "",
     ]
-    shared = sum((SHARE_GPU, True) in one.cell.helix and one.effect is not Effect.NEUTRAL for one in run.results)
+    shared = sum(one.cell.shares_gpu and one.effect is not Effect.NEUTRAL for one in run.results)
     note = f" Of {shared:,} all ranks were on one GPU: for validation, not for speed." if shared else ""
     return f"{plural(len(run.results), 'cell')}: {', '.join(part for part in said if part)}.{note}"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from harness import ledger
+from harness.cell import SHARE_GPU
 from harness.chosen import Chosen
-from harness.matrix import SHARE_GPU
 from harness.report.history import History, Track
 from harness.report.run import read_events
 from harness.suite import available, load_all

@@ -4,9 +4,9 @@ So one launch serves a whole batch, and what follows a micro-batch of its rows (
 these are done, without the attention being cut into launches, each of which would drain the GPU.
 
 Programs start in the order of their rows, so rows are done about in order, and whoever waits for them in order waits
-little longer than it must. Everything can be captured in a CUDA graph, where attention and
-waits are branches of their own: the driver must run both at the same time, which it does as long as it has a queue for
-each (seen on an H200; nothing in CUDA promises it).
+little longer than it must. Everything can be captured in a CUDA graph, where attention and waits are branches of their
+own: the driver must run both at the same time, which it does as long as it has a queue for each (seen on an H200;
+nothing in CUDA promises it).
 """
 
 import torch

@@ -8,7 +8,6 @@ Remove when: vLLM's CPU backend has `can_return_lse_for_decode`.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import (
@@ -18,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from helix_runtime.attention.reference import paged_partial_attention
-from helix_runtime.overlap import ThreadLanes, micro_batches, overlapped
+from helix_runtime.overlap import lanes_of, micro_batches, overlapped
 from helix_runtime.sharding import local_lengths
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
@@ -157,11 +156,6 @@ class HelixCPUAttentionImpl(CPUAttentionBackendImpl):
         proof.count("global_tokens", slot_mapping.numel())
 
 
-@cache
-def _lanes() -> ThreadLanes:
-    return ThreadLanes()
-
-
 def _overlapped(context, read: dict, local_seq_lens: torch.Tensor, common: dict, merged: torch.Tensor) -> int:
     """A decode batch, one token a request, in micro-batches, as many as are returned: the exchange of one beside the
     attention of the next."""
@@ -174,12 +168,11 @@ def _overlapped(context, read: dict, local_seq_lens: torch.Tensor, common: dict,
         )
 
     def exchange(index: int, part: slice, partial: tuple[torch.Tensor, torch.Tensor]) -> None:
-        with torch.inference_mode():  # a thread has a mode of its own
-            merged[part] = context.combine(*partial)
+        merged[part] = context.combine(*partial)
         context.proof.overlapped()
 
     slices = micro_batches(len(merged), context.micro_batches)
-    overlapped(slices, attend, exchange, _lanes())
+    overlapped(slices, attend, exchange, lanes_of(merged.device))
     return len(slices)
 
 

@@ -11,12 +11,9 @@ Upstream: vllm `v1/attention/backends/flash_attn.py`.
 Remove when: that backend takes Q/TPA heads.
 """
 
-from functools import cache
-
-import torch
 from vllm.v1.attention.backends import flash_attn as upstream
 
-from helix_runtime.overlap import Lanes, StreamLanes, ThreadLanes, micro_batches, overlapped
+from helix_runtime.overlap import lanes_of, micro_batches, overlapped
 from helix_runtime.vllm_plugin.compat import patch
 from helix_runtime.vllm_plugin.context_parallel import current
 from helix_runtime.vllm_plugin.cuda_combine import capturing, combined, count_written
@@ -116,10 +113,11 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
     slices = [slice(None)]
     if metadata.max_query_len == 1 and len(query) == len(metadata.dcp_context_kv_lens):  # one token a request
         slices = micro_batches(len(query), context.micro_batches)
+    cut = len(slices) > 1
 
     def starts(part: slice):
         """Of a micro-batch's tokens, one a request, which are counted like those of the first requests."""
-        return metadata.query_start_loc if len(slices) == 1 else metadata.query_start_loc[: part.stop - part.start + 1]
+        return metadata.query_start_loc[: part.stop - part.start + 1] if cut else metadata.query_start_loc
 
     def attend(_, part: slice):
         return upstream.flash_attn_varlen_func(
@@ -130,11 +128,10 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
             max_seqlen_k=metadata.max_dcp_context_kv_len,
             causal=False,
             block_table=metadata.block_table[part],
-            scheduler_metadata=metadata.scheduler_metadata if len(slices) == 1 else None,  # made for the whole batch
+            scheduler_metadata=None if cut else metadata.scheduler_metadata,  # made for the whole batch
             **{**common, "cu_seqlens_q": starts(part)},
         )
 
-    @torch.inference_mode()  # which a thread does not inherit
     def exchange(_, part: slice, partial) -> None:
         merged, merged_lse = impl.dcp_combine(
             partial[0],
@@ -151,16 +148,11 @@ def _helix(impl, query, key, value, key_cache, value_cache, output, metadata):
             new_output[part],
             new_lse[:, part].contiguous(),
         )
-        if len(slices) > 1:
+        if cut:
             context.proof.overlapped()
 
-    overlapped(slices, attend, exchange, _lanes(query.device))
+    overlapped(slices, attend, exchange, lanes_of(query.device))
     return output
-
-
-@cache
-def _lanes(device: torch.device) -> Lanes:
-    return StreamLanes(device) if device.type == "cuda" else ThreadLanes()
 
 
 def _do_kv_cache_update(original):

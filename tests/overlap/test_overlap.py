@@ -78,6 +78,16 @@ def test_what_an_exchange_raises_reaches_the_caller_and_the_next_step_starts_cle
     assert seen == [0, 1]
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_thread_of_exchanges_has_the_caller_s_inference_mode(mode):
+    """Else what attention made in it could not be written by an exchange."""
+    seen, lanes = [], ThreadLanes()
+    with torch.inference_mode(mode):
+        lanes.submit(lambda: seen.append(torch.is_inference_mode_enabled()))
+    lanes.join()
+    assert seen == [mode]
+
+
 def test_one_micro_batch_uses_no_second_lane():
     class Forbidden:
         def submit(self, exchange):
