@@ -188,7 +188,8 @@ def lede(run: Run) -> str:
         f"{plural(counts[Effect.INFRASTRUCTURE], 'infrastructure error')}" if counts[Effect.INFRASTRUCTURE] else "",
         f"{counts[Effect.NEUTRAL]:,} not run here" if counts[Effect.NEUTRAL] else "",
     ]
-    shared = sum(one.cell.shares_gpu and one.effect is not Effect.NEUTRAL for one in run.results)
+    unstarted = (Verdict.SKIP, Verdict.REJECTED, Verdict.ERROR)
+    shared = sum(one.cell.shares_gpu and one.verdict not in unstarted for one in run.results)
     note = f" Of {shared:,} all ranks were on one GPU: for validation, not for speed." if shared else ""
     return f"{plural(len(run.results), 'cell')}: {', '.join(part for part in said if part)}.{note}"
 

@@ -123,19 +123,23 @@ def test_markdown_holds_the_matrix_and_no_live_text(run_dir, hostile_dir):
 
 
 def test_cells_whose_ranks_shared_a_gpu_say_so_and_are_counted(tmp_path):
-    """Their times say nothing; a cell that did not run is not counted."""
-    shared, skipped, alone = (
+    """Their times say nothing; a cell that did not run, or was refused, is not counted."""
+    shared, skipped, refused, alone = (
         examples.cell("helix-gqa", "FLASH_ATTN", "hopper", model, 4, 2, helix=helix)
-        for model, helix in (("m0", (("share_gpu", True),)), ("m1", (("share_gpu", True),)), ("m2", ()))
+        for model, helix in (
+            *((f"m{number}", (("share_gpu", True),)) for number in range(3)),
+            ("m3", ()),
+        )
     )
     made = [
-        examples.result(shared, "pass", ""), examples.result(skipped, "skip", ""), examples.result(alone, "pass", ""),
+        examples.result(shared, "pass", ""), examples.result(skipped, "skip", ""),
+        examples.result(refused, "rejected", "", declared="rejected"), examples.result(alone, "pass", ""),
     ]  # fmt: skip
     page = report.write(examples.write_ledger(tmp_path, made))
     said = "Of 1 all ranks were on one GPU: for validation, not for speed."
     assert said in page.read_text() and said in (tmp_path / "summary.md").read_text()
-    assert page.read_text().count("all ranks on one GPU: for validation, not for speed</span>") == 2
-    other = report.write(examples.write_ledger(tmp_path / "other", made[2:]))
+    assert page.read_text().count("all ranks on one GPU: for validation, not for speed</span>") == 3
+    other = report.write(examples.write_ledger(tmp_path / "other", made[3:]))
     assert "all ranks" not in other.read_text()
 
 
