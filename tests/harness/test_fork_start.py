@@ -85,6 +85,22 @@ def test_multiprocessing_forks_what_asks_for_the_variable(tmp_path):
     assert done.stdout == "['at import', 'later']\n", done.stderr
 
 
+def test_what_waits_leaves_its_core_to_others(tmp_path):
+    """Yielding a hundred times over takes next to none of the processor's time while it lasts."""
+    (tmp_path / "tiny_wait.py").write_text(
+        "import os, time\n"
+        "began, used = time.perf_counter(), time.process_time()\n"
+        "for _ in range(100):\n"
+        "    os.sched_yield()\n"
+        "print(time.process_time() - used, time.perf_counter() - began)\n"
+    )
+    command = [sys.executable, "-m", "harness.server.fork_start", "tiny_wait"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+    used, lasted = map(float, done.stdout.split())
+    assert used < lasted / 2, done.stderr
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HELIX_CACHE", str(tmp_path / "cache"))
@@ -111,12 +127,13 @@ def test_a_server_on_gpus_may_go_back_to_spawn(monkeypatch):
     """vLLM does where CUDA is initialised before its workers are."""
     monkeypatch.setenv(KEPT, "fork")
     monkeypatch.setattr(os.environ, "__class__", type(os.environ))
-    ran = []
+    ran, yields = [], os.sched_yield
     monkeypatch.setattr(fork_start.runpy, "run_module", lambda name, **_: ran.append(name))
     monkeypatch.setattr(sys, "argv", sys.argv)
     fork_start.run([fork_start.CUDA_MAIN, "serve", "m"])
     os.environ[KEPT] = "spawn"
     assert ran == [fork_start.CUDA_MAIN] and os.environ[KEPT] == "spawn"
+    assert os.sched_yield is yields
 
 
 def test_an_eager_gpu_server_is_told_of_no_fusion_whose_size_would_initialise_cuda_in_its_parent(tmp_path):
