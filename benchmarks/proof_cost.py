@@ -5,10 +5,11 @@
 
 The first times what a step adds: the addition inside a CUDA graph, one whatever the number of layers (against the same
 graph without), and the counting of tokens outside it, on the device and on the host that launches it. The second starts
-vLLM with the proof and without it, in turns, decodes the same tokens, and compares the time of a step.
+vLLM with the proof and without it, has both decode the same tokens in turns, and compares the time of a step.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -122,10 +123,11 @@ def main():
 
     few, many = asked["tokens"] // 4, asked["tokens"]
     seconds(few)
-    # Two lengths: what is left of their difference is decode alone.
-    steps = [(seconds(many) - seconds(few)) / (many - few) for _ in range(asked["rounds"])]
+    print("READY", flush=True)
+    for line in sys.stdin:
+        # Two lengths: what is left of their difference is decode alone.
+        print("STEP", (seconds(many) - seconds(few)) / (many - few), flush=True)
     time.sleep(1)  # the counters are copied out
-    print("STEPS " + json.dumps(steps), flush=True)
 
 
 if __name__ == "__main__":
@@ -133,49 +135,88 @@ if __name__ == "__main__":
 """
 
 
-def step_seconds(engine: dict, args: argparse.Namespace) -> list[float]:
-    """Seconds of a decode step, once a round, of a fresh engine."""
-    asked = {
-        "engine": engine, "prompt": args.prompt, "batch": args.batch, "tokens": args.tokens, "rounds": args.rounds,
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "engine.py"
+class Engine:
+    """A process with one engine, which times a decode step whenever it is asked."""
+
+    def __init__(self, folder: Path, proof: bool, engine: dict, args: argparse.Namespace):
+        self.proof = folder / "proof"
+        helix = {"helix_mode": args.helix, **json.loads(args.options)}
+        helix |= {"proof_dir": str(self.proof)} if proof else {}
+        asked = {
+            "prompt": args.prompt, "batch": args.batch, "tokens": args.tokens,
+            "engine": {
+                "model": args.model, "tensor_parallel_size": args.tp, "decode_context_parallel_size": args.dcp,
+                "additional_config": {"helix": helix}, **engine,
+            },
+        }  # fmt: skip
+        self.proof.mkdir(parents=True)
+        script = folder / "engine.py"
         script.write_text(ENGINE)
-        done = subprocess.run(
-            [sys.executable, str(script), json.dumps(asked)], capture_output=True, text=True, check=False
-        )
-    found = [line for line in done.stdout.splitlines() if line.startswith("STEPS ")]
-    if not found:
-        raise SystemExit(f"the engine gave no time:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(found[-1].removeprefix("STEPS "))
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), json.dumps(asked)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+
+    def wait_for(self, word: str) -> str:
+        """What follows `word` in the engine's next line that begins with it. SystemExit with its log if none comes."""
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        raise SystemExit(f"the engine ended:\n{self.log.read_text()[-4000:]}")
+
+    def step_seconds(self) -> float:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.wait_for("STEP"))
+
+    def end(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
 
 
-def engines(args: argparse.Namespace) -> dict:
-    """Median step with and without the proof, engines in turns, and the counters that the proof ended with."""
+def engines(args: argparse.Namespace) -> list[dict]:
+    """For each `--engine`: the median step with and without the proof, and the counters that the proof ended with.
+
+    All engines are up at the same time, idle but for the one that is timed, and take turns round after round.
+    """
     from helix_runtime.proof import read_proofs
 
-    times: dict[str, list[float]] = {"with": [], "without": []}
-    seen: dict[str, int] = {}
-    for turn in range(args.turns):
-        for name in ("with", "without") if turn % 2 == 0 else ("without", "with"):
-            with tempfile.TemporaryDirectory() as folder:
-                helix = {"helix_mode": args.helix, **json.loads(args.options)}
-                helix |= {"proof_dir": folder} if name == "with" else {}
-                times[name] += step_seconds(
-                    {
-                        "model": args.model, "tensor_parallel_size": args.tp, "decode_context_parallel_size": args.dcp,
-                        "additional_config": {"helix": helix}, **json.loads(args.engine),
-                    },
-                    args,
-                )  # fmt: skip
-                if name == "with":
-                    seen = read_proofs(folder)[0].counters
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "model": args.model, "tp": args.tp, "dcp": args.dcp, "helix": args.helix, "batch": args.batch,
-        "prompt": args.prompt, "steps_s": times, "median_s": medians,
-        "share": medians["with"] / medians["without"] - 1, "target": TARGET, "counters_of_rank_0": seen,
-    }  # fmt: skip
+    asked = [json.loads(text) for text in args.engine or ["{}"]]
+    with tempfile.TemporaryDirectory() as home:
+        pairs = [
+            {
+                name: Engine(Path(home) / f"{number}-{name}", name == "with", engine, args)
+                for name in ("with", "without")
+            }
+            for number, engine in enumerate(asked)
+        ]
+        running = [engine for pair in pairs for engine in pair.values()]
+        try:
+            for engine in running:
+                engine.wait_for("READY")
+            times: list[dict[str, list[float]]] = [{"with": [], "without": []} for _ in asked]
+            for turn in range(args.rounds):
+                for pair, found in zip(pairs, times, strict=True):
+                    for name in ("with", "without") if turn % 2 == 0 else ("without", "with"):
+                        found[name].append(pair[name].step_seconds())
+        finally:
+            for engine in running:
+                engine.end()
+        counters = [read_proofs(pair["with"].proof)[0].counters for pair in pairs]
+    common = {name: getattr(args, name) for name in ("model", "tp", "dcp", "helix", "batch", "prompt")}
+    rows = []
+    for engine, found, seen in zip(asked, times, counters, strict=True):
+        shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
+        rows.append(
+            common
+            | {"engine": engine, "median_s": {name: statistics.median(values) for name, values in found.items()}}
+            | {"share": statistics.median(shares), "shares": shares, "target": TARGET}
+            | {"steps_s": found, "counters_of_rank_0": seen}
+        )
+    return rows
 
 
 def main() -> None:
@@ -185,12 +226,11 @@ def main() -> None:
     parser.add_argument("--dcp", type=int, default=2)
     parser.add_argument("--helix", action="store_true", help="Helix mode; standard DCP otherwise")
     parser.add_argument("--options", default="{}", help="further helix options, as JSON")
-    parser.add_argument("--engine", default="{}", help="further engine arguments, as JSON")
+    parser.add_argument("--engine", action="append", help="further engine arguments, as JSON; for several, repeat it")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=512, help="tokens to decode a round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds an engine")
-    parser.add_argument("--turns", type=int, default=2, help="engines of each kind")
+    parser.add_argument("--rounds", type=int, default=10, help="times each engine is timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = engines(args) if args.model else counters_alone()

@@ -41,21 +41,23 @@ if asked hop-b; then
     part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
   done
 fi
-if asked proof; then  # what the proof of path costs a step of a real engine
+if asked proof; then  # what the proof of path costs a step of a real engine; PROOF_MODES: 42 GB of each GPU for every mode
   model=$(python3 -m harness.models deepseek-v2-lite-512k 2> /dev/null | tail -n 1)
-  for mode in FULL_AND_PIECEWISE PIECEWISE NONE; do  # an engine takes a minute to start, and there are two a mode
-    part "proof-$mode" 300 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 192 --turns 1 \
-      --json "$out/proof-cost-engine-$name-$mode.json" --engine '{
-        "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
-        "kv_cache_memory_bytes": 21474836480, "dcp_comm_backend": "a2a", "max_cudagraph_capture_size": 64,
-        "enforce_eager": '"$([ $mode = NONE ] && echo true || echo false)"',
-        "compilation_config": {"cudagraph_mode": "'$mode'", "pass_config": {"fuse_allreduce_rms": false}}}'
+  engines=()
+  for mode in ${PROOF_MODES:-FULL_AND_PIECEWISE PIECEWISE NONE}; do
+    engines+=(--engine '{
+      "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
+      "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4294967296, "dcp_comm_backend": "a2a",
+      "max_num_seqs": 64, "max_cudagraph_capture_size": 64,
+      "enforce_eager": '"$([ "$mode" = NONE ] && echo true || echo false)"',
+      "compilation_config": {"cudagraph_mode": "'"$mode"'", "pass_config": {"fuse_allreduce_rms": false}}}')
   done
+  part proof 480 python3 -m benchmarks.proof_cost --model "$model" --tp 2 --dcp 2 --helix --tokens 192 \
+    "${engines[@]}" --json "$out/proof-cost-engine-$name.json"
 fi
 if asked perf; then
   suite "perf-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=140000/*"
-  [ "$gpus" -ge 4 ] &&
-    suite "perf-512k-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=530000/*"
+  suite "perf-512k-$most" 900 1 --suite several-gpus-perf --cell "hopper/helix-*/tp$most-*/max-model-len=530000/*"
   suite "perf-dcp-$most" 900 1 --suite several-gpus-perf --cell "hopper/standard-dcp/*/tp$most-*"
 fi
 if asked more; then  # everything else that this host can hold

@@ -86,7 +86,7 @@ def test_every_selection_of_the_script_names_cells_that_the_host_holds(tmp_path,
         str(ranks) for ranks in (8, 4, 2) if ranks <= gpus
     ]
     runs = [make_parser().parse_args(call[3:]) for call in found if call[:3] == ["-m", "harness", "run"]]
-    assert len(runs) == (4 if gpus == 2 else 6)
+    assert len(runs) == (5 if gpus == 2 else 6)
     for run in runs:
         chosen = select(expand(load_all(run.suite), []), run.cell)  # raises where a glob matches nothing
         assert any(item.cell.tp <= gpus and not item.cell.baseline for item in chosen)
