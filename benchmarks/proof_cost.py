@@ -105,28 +105,36 @@ def _device_us(work, behind: bool = False) -> float:
 
 
 ENGINE = """
-import json, sys, time
+import json, statistics, sys, time
 
 
 def main():
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     asked = json.loads(sys.argv[1])
-    llm = LLM(**asked["engine"])
+    engine = LLM(**asked["engine"]).llm_engine
     lengths = range(asked["prompt"], asked["prompt"] + asked["batch"])
     prompts = [{"prompt_token_ids": [5 + (i * n) % 400 for i in range(n)]} for n in lengths]
+    kind = RequestOutputKind.DELTA
+    params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, output_kind=kind)
 
-    def seconds(tokens):
-        began = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
-        return time.perf_counter() - began
+    def step_seconds(turn):
+        for number, prompt in enumerate(prompts):
+            engine.add_request(f"{turn}-{number}", prompt, params)
+        found, before = [], None
+        while engine.has_unfinished_requests():
+            full = len(engine.step()) == len(prompts)  # every request got a token
+            now = time.perf_counter()
+            if full and before is not None:
+                found.append(now - before)
+            before = now if full else None
+        return statistics.median(found)
 
-    few, many = asked["tokens"] // 4, asked["tokens"]
-    seconds(few)
+    step_seconds("warm")
     print("READY", flush=True)
-    for line in sys.stdin:
-        # Two lengths: what is left of their difference is decode alone.
-        print("STEP", (seconds(many) - seconds(few)) / (many - few), flush=True)
+    for turn, line in enumerate(sys.stdin):
+        print("STEP", step_seconds(turn), flush=True)
     time.sleep(1)  # the counters are copied out
 
 
@@ -136,7 +144,7 @@ if __name__ == "__main__":
 
 
 class Engine:
-    """A process with one engine, which times a decode step whenever it is asked."""
+    """A process with one engine, which times decode steps whenever it is asked: the median of steps of a full batch."""
 
     def __init__(self, folder: Path, proof: bool, engine: dict, args: argparse.Namespace):
         self.proof = folder / "proof"
