@@ -283,13 +283,13 @@ def test_planted_differences_and_numbers_are_drawn(visit, run_dir):
     assert curve.locator(".miss.beyond").count() == 5 and curve.locator(".band").count() == 5
     expect(body.locator("table.step caption").first).to_contain_text("the best tokens differ, first here")
     first = body.locator("table.step").first.locator("tbody tr").first
-    assert first.locator("td").all_inner_texts() == [
+    assert first.locator("td").all_text_contents() == [
         '"\\n\\n" 271', "-0.8123", '"\\n" 198', "-0.6100", "+0.5940",
     ]  # fmt: skip
-    told = body.locator("table.step").first.locator("tbody td:first-child").all_inner_texts()
+    told = body.locator("table.step").first.locator("tbody td:first-child").all_text_contents()
     assert told[2:] == ['" <b>" 4097', '"0" 15', f'"{"a" * 23}…" 902']
-    assert body.locator("table.step").first.locator("tbody td:nth-child(3)").last.inner_text() == "7733"
-    times = body.locator("table.phases tbody tr").nth(1).locator("th, td").all_inner_texts()
+    assert body.locator("table.step").first.locator("tbody td:nth-child(3)").last.text_content() == "7733"
+    times = body.locator("table.phases tbody tr").nth(1).locator("th, td").all_text_contents()
     assert times[:3] == ["start", "29.4 s", "29.4 s"]
     expect(body.get_by_text("2.00 × the baseline's")).to_be_visible()
     expect(body.get_by_text("./test_helix.sh --cell")).to_be_visible()
