@@ -19,8 +19,9 @@ Profile = Literal["smoke", "standard"]
 #: Interleave sizes that suites cross; the block size itself is added.
 INTERLEAVES = (1, 16)
 DEFAULT_BLOCK = 128  # vLLM's own on CPU
-#: Lengths of long prompts; the first, or what fits of it, is always asked, and again for a prefix hit.
-LONG = (1000, 9000, 66_000)
+#: Lengths of long prompts; the first, or what fits of it, is always asked, and again for a prefix hit. While it decodes,
+#: alone, it crosses from one block and one owner to the next.
+LONG = (1982, 9000, 66_000)
 #: The longest prompt where attention is slow, in tokens, by hardware; elsewhere the context is the bound.
 LONGEST = {"cpu": 10_000}
 FULL_BATCH = 1
@@ -64,7 +65,7 @@ BUDGETS: dict[str, Budget] = {
         batched=16,
         decode=40,
         decode_from=60,
-        batch_lengths=(1, 3, 16, 31, 46, 99, 114, 129, 257),
+        batch_lengths=(1, 3, 16, 31, 46, 99, 114, 129, 257, 510, 766),
         aborts=False,
         thorough=False,
     ),
@@ -74,7 +75,7 @@ BUDGETS: dict[str, Budget] = {
         batched=32,
         decode=70,
         decode_from=62,
-        batch_lengths=(1, 2, 5, 9, 17, 32, 131, 162, 193, 224, 255, 400),
+        batch_lengths=(1, 2, 5, 9, 17, 32, 131, 162, 193, 224, 255, 400, 702),
         aborts=True,
         thorough=True,
     ),

@@ -32,7 +32,7 @@ def test_the_repeat_is_the_long_prompt_and_others_share_no_prefix():
     workload = make_workload(tp=4, block=32, vocab=512, max_model_len=2048)
     by_kind = {prompt.kind: prompt for prompt in workload.prompts}
     assert by_kind["repeat"].token_ids == by_kind["long"].token_ids
-    assert len(by_kind["long"].token_ids) == 1000
+    assert len(by_kind["long"].token_ids) == 1982
     heads = [prompt.token_ids[:8] for prompt in workload.prompts if len(prompt.token_ids) >= 8]
     assert len(set(heads)) == len(heads) - 1
 
@@ -59,6 +59,14 @@ def test_the_full_batch_steps_on_every_position(profile, last):
         for position in range(len(prompt.token_ids), len(prompt.token_ids) + prompt.max_tokens - 1)
     }
     assert set(range(1, last + 1)) <= fed
+
+
+@pytest.mark.parametrize("profile", ["smoke", "standard"])
+def test_decode_steps_lie_among_hundreds_of_tokens_too_and_cross_a_block_alone(profile):
+    asked = make_workload(4, 32, 512, 2048, profile, seats=16).prompts
+    fed = {(len(p.token_ids) + step, p.batch) for p in asked for step in range(p.max_tokens - 1)}
+    assert all(any(low <= at < low + 500 for at, _ in fed) for low in (0, 250, 500, 1500))
+    assert {at for at, batch in fed if not batch and at > 1500} >= {1983, 1984}
 
 
 def test_baseline_and_cells_are_asked_the_same():
@@ -201,10 +209,10 @@ def test_long_prompts_are_sized_by_context_and_hardware():
         given = {"tp": 2, "block": 32, "vocab": 512, "max_model_len": 131072, "profile": profile, **changes}
         return [len(prompt.token_ids) for prompt in make_workload(**given).prompts if prompt.kind == "long"]
 
-    assert longs() == [1000, 9000, 66_000]
-    assert longs(max_model_len=10_000) == [1000, 9000]
-    assert longs(longest=10_000) == [1000, 9000]
-    assert longs(max_model_len=2048) == longs("smoke") == [1000]
+    assert longs() == [1982, 9000, 66_000]
+    assert longs(max_model_len=10_000) == [1982, 9000]
+    assert longs(longest=10_000) == [1982, 9000]
+    assert longs(max_model_len=2048) == longs("smoke") == [1982]
     assert longs(max_model_len=512) == [480]
     cpu = Cell(mode=Mode.STANDARD_TP, backend="CPU_ATTN", hardware="cpu", model="recipe:llama-k4", tp=2)
     gpu = cpu.model_copy(update={"hardware": "hopper", "backend": "FLASH_ATTN"})
@@ -217,6 +225,6 @@ def test_long_prompts_are_sized_by_context_and_hardware():
 def test_the_choice_is_told_in_a_line():
     told = make_workload(tp=2, block=32, vocab=512, max_model_len=2048, profile="smoke").told()
     assert told == (
-        "workload smoke: 24 prompts of 1 to 1,000 tokens (12 boundary, 1 long, 1 repeat, 1 decode, 9 batch), "
-        "288 tokens to generate"
+        "workload smoke: 26 prompts of 1 to 1,982 tokens (12 boundary, 1 long, 1 repeat, 1 decode, 11 batch), "
+        "320 tokens to generate"
     )
