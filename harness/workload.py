@@ -19,8 +19,8 @@ Profile = Literal["smoke", "standard"]
 #: Interleave sizes that suites cross; the block size itself is added.
 INTERLEAVES = (1, 16)
 DEFAULT_BLOCK = 128  # vLLM's own on CPU
-#: Lengths of long prompts; the first, or what fits of it, is always asked, and again for a prefix hit. While it decodes,
-#: alone, it crosses from one block and one owner to the next.
+#: Lengths of long prompts; the first, or what fits of it, is always asked, and again for a prefix hit. While it
+#: decodes, alone, it crosses from one block and one owner to the next.
 LONG = (1982, 9000, 66_000)
 #: The longest prompt where attention is slow, in tokens, by hardware; elsewhere the context is the bound.
 LONGEST = {"cpu": 10_000}

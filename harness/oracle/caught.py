@@ -135,9 +135,10 @@ INTRO = """\
 The oracle's own test. Each defect is put into real workers by name (`additional_config={"helix": {"fault": "NAME"}}`;
 [`fault_merge.py`](../helix_runtime/vllm_plugin/fault_merge.py),
 [`fault_cache.py`](../helix_runtime/vllm_plugin/fault_cache.py)), and its cell must come out as `fail` or `unproven`.
-`NAME:WHEN` strikes in some calls only: in a batch, after a prefix hit or in a second chunk (`prefix`), in one layer, on
-one rank of each group, in every Kth attention call, for one query head, for the tokens at every Nth position, or beyond
-N tokens.
+`NAME:WHEN` strikes in some calls only: in a batch or of one request (`batch`, `single`), in decode or prefill
+(`decode`, `prefill`; a prompt of one token is a decode here), after a prefix hit or in a second chunk (`prefix`), in
+one layer, on one rank of each group, in every Kth attention call, for one query head, for the tokens at every Nth
+position, or beyond N tokens.
 
     ./test_helix.sh --suite faults                            # exit status 1 where one is not caught
     python -m harness faults RUN --markdown docs/faults.md    # this page, from the folder of that run
