@@ -160,6 +160,7 @@ class Engine:
         self.proof.mkdir(parents=True)
         script = folder / "engine.py"
         script.write_text(ENGINE)
+        self.ready = False
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -180,6 +181,9 @@ class Engine:
         return float(self.wait_for("STEP"))
 
     def end(self) -> None:
+        """Let it copy its counters out, or, if it is not ready yet, stop it."""
+        if not self.ready:
+            self.process.terminate()
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
@@ -205,6 +209,7 @@ def engines(args: argparse.Namespace) -> list[dict]:
         try:
             for engine in running:
                 engine.wait_for("READY")
+                engine.ready = True
             times: list[dict[str, list[float]]] = [{"with": [], "without": []} for _ in asked]
             for turn in range(args.rounds):
                 for pair, found in zip(pairs, times, strict=True):

@@ -41,13 +41,13 @@ if asked hop-b; then
     part "hop-b-n$n" 120 python3 -m benchmarks.hop_b --ranks "$n" --json "$out/hop_b-$name-n$n.json"
   done
 fi
-if asked proof; then  # what the proof of path costs a step of a real engine; PROOF_MODES: 42 GB of each GPU for every mode
+if asked proof; then  # what the proof of path costs a step of a real engine; PROOF_MODES: 44 GB of each GPU for every mode
   model=$(python3 -m harness.models deepseek-v2-lite-512k 2> /dev/null | tail -n 1)
   engines=()
-  for mode in ${PROOF_MODES:-FULL_AND_PIECEWISE PIECEWISE NONE}; do
+  for mode in ${PROOF_MODES:-FULL_AND_PIECEWISE PIECEWISE}; do
     engines+=(--engine '{
       "attention_backend": "FLASHMLA", "block_size": 64, "max_model_len": 4096, "dtype": "bfloat16",
-      "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4294967296, "dcp_comm_backend": "a2a",
+      "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2147483648, "dcp_comm_backend": "a2a",
       "max_num_seqs": 64, "max_cudagraph_capture_size": 64,
       "enforce_eager": '"$([ "$mode" = NONE ] && echo true || echo false)"',
       "compilation_config": {"cudagraph_mode": "'"$mode"'", "pass_config": {"fuse_allreduce_rms": false}}}')
