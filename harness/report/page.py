@@ -195,18 +195,19 @@ def lede(run: Run) -> str:
 
 
 def works(found: list[Matrix], results: dict[str, CellResult]) -> list[tuple[str, str, str, str, list[str]]]:
-    """(kind, backend, hardware, anchor, models) of every square where Helix passes and nothing differs."""
+    """(kind, backend, hardware, anchor, models) of every square where Helix's answers pass and nothing differs."""
     return [
-        (square.kind, square.backend, square.hardware, square.anchor, _passing(square, results))
+        (square.kind, square.backend, square.hardware, square.anchor, models)
         for matrix in found
         for square in matrix.squares
-        if square.column == "Helix" and not square.disagrees and dict(square.counts).get(Verdict.PASS)
+        if square.column == "Helix" and not square.disagrees and (models := _passing(square, results))
     ]
 
 
 def _passing(square: Square, results: dict[str, CellResult]) -> list[str]:
-    """Models that pass behind a square, by their last name, each once."""
-    passing = [results[cell_id].cell.model for cell_id in square.cells if results[cell_id].verdict is Verdict.PASS]
+    """Models that pass behind a square, by last name, each once; of a measured cell the answers were not judged."""
+    behind = [results[cell_id] for cell_id in square.cells]
+    passing = [one.cell.model for one in behind if one.verdict is Verdict.PASS and one.bench is None]
     return sorted({model.removeprefix("recipe:").rpartition("/")[2] for model in passing})
 
 

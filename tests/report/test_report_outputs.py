@@ -220,6 +220,15 @@ def test_the_matrix_s_text_equals_the_ledger(run_dir):
         assert counted == sum(one.cell.fault is None for one in examples.results())
 
 
+def test_a_measured_cell_is_not_said_to_answer_as_standard_tp_does(tmp_path):
+    cell = examples.cell("helix-gqa", "FLASH_ATTN", "hopper", "m0", 4, 2)
+    said = "Helix answers as standard TP does on"
+    for name, bench in (("measured", examples.bench()), ("judged", None)):
+        page = report.write(examples.write_ledger(tmp_path / name, [examples.result(cell, "pass", "", bench=bench)]))
+        assert (said in page.read_text()) is (bench is None)
+        assert "No square shows Helix passing" not in page.read_text()
+
+
 def test_measured_numbers_are_told_with_their_side_of_the_baseline():
     found = measured(examples.bench())
     (load,) = found.loads
